@@ -1,0 +1,83 @@
+"""`mirai VERB ...`: finds the verb, imports it on use, and turns a refused recipe into one line and exit code 20."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+# verb -> (module that holds `configure(parser)` and `run(arguments) -> int`, help)
+VERBS = {
+    "train": ("mirai_launch.verbs.train", "check a recipe, then train it on local ranks, under torchrun or under srun"),
+    "check": ("mirai_launch.verbs.check", "print the resolved recipe with the origin of every value"),
+}
+USAGE_ERROR = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument errors in one line; `mirai VERB --help` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0].startswith("-"):
+        return _top(arguments)
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+        _overview().error(f"unknown verb {verb!r}; {meant}")
+    module = importlib.import_module(VERBS[verb][0])
+    parser = Parser(prog=f"mirai {verb}", description=VERBS[verb][1], allow_abbrev=False)
+    module.configure(parser)
+    # Overrides may stand before, between and behind the options.
+    parsed = parser.parse_intermixed_args(rest)
+    return _run(module.run, parsed)
+
+
+def _run(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -> int:
+    from mirai_dist.config.error import RecipeError
+    from mirai_launch import console
+
+    try:
+        return run(parsed)
+    except RecipeError as error:
+        console.fail(str(error))
+        return error.exit_code
+
+
+def _overview() -> Parser:
+    width = max(map(len, VERBS))
+    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    parser = Parser(
+        prog="mirai",
+        usage="mirai VERB ...",
+        description="Train causal few-step video generators with foresight.",
+        epilog=f"verbs:\n{lines}\n\nmirai VERB --help says more about one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    return parser
+
+
+def _top(arguments: list[str]) -> int:
+    parser = _overview()
+    if not arguments:
+        parser.error(f"which verb? one of: {', '.join(VERBS)}")
+    if parser.parse_args(arguments).version:
+        from mirai_launch import __version__, console
+
+        console.say(f"mirai {__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`mirai train`: refuse what cannot run, then become the process that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mirai_dist.config import load
+from mirai_dist.config.rules import check_layout
+from mirai_launch import local, rundir
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="recipe file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override: foresight.weight=0")
+    parser.add_argument("--nproc", type=_ranks, help="ranks on this machine (default: one a GPU, else 2)")
+    parser.add_argument("--run-dir", type=Path, help="where everything is written (default: runs/<name>)")
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the newest checkpoint")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check recipe, run directory and batch split, then exec the launcher. Raises RecipeError."""
+    launch = prepare(arguments)
+    os.execve(launch.argv[0], launch.argv, launch.env)
+
+
+def prepare(arguments: argparse.Namespace) -> local.Launch:
+    """Everything `run` does short of becoming the run."""
+    recipe = load(arguments.recipe, arguments.overrides).recipe
+    run_dir = arguments.run_dir or rundir.default(recipe)
+    request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
+    launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
+    check_layout(recipe, launch.ranks)
+    rundir.check(run_dir, recipe, arguments.resume)
+    return launch
+
+
+def _ranks(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks, 1 or more")
+    return int(text)

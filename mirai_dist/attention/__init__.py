@@ -1,0 +1,1 @@
+"""Attention: patterns over segments, and the backends that compute their dense parts."""

@@ -1,0 +1,531 @@
+"""What the types of the schema cannot say: ranges, and keys that must fit one another.
+
+Each rule is a small function with an id; it yields the keys concerned and one sentence with the way out. The
+id ends the message, so a rule that stops somebody can be found here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple
+
+from mirai_dist.config import schema
+from mirai_dist.config.error import RecipeError
+from mirai_dist.config.schema import Batch, Network, Optimizer, Recipe, Stage
+
+
+class Problem(NamedTuple):
+    """Keys concerned (dotted, the one to change first) and what is wrong with them."""
+
+    keys: tuple[str, ...]
+    what: str
+
+
+Rule = Callable[[Recipe], Iterator[Problem]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Register a rule under its id."""
+
+    def register(function: Rule) -> Rule:
+        RULES[name] = function
+        return function
+
+    return register
+
+
+def check(recipe: Recipe, origins: Mapping[str, str], shown: str = "recipe") -> None:
+    """Raise RecipeError for the first rule the recipe breaks, at the line of the key to change."""
+    for name, function in RULES.items():
+        for problem in function(recipe):
+            raise RecipeError(_place(problem.keys, origins, shown), f"{problem.what} [{name}]")
+    for key, origin in origins.items():
+        kind = _ONLY_WITH.get(key.split(".")[0])
+        if origin == "command line" and kind and all(stage.kind != kind for stage in recipe.stages.values()):
+            raise RecipeError(origin, f"{key} has no effect: no stage is of kind {kind}; remove it [no-effect]")
+
+
+# Sections that only a stage of one kind reads. Recipes may carry them along (they extend common bases), but
+# somebody who types such a key expects it to do something.
+_ONLY_WITH = {"dmd": "dmd", "foresight": "dmd", "study": "dmd", "consistency": "consistency"}
+
+
+def _place(keys: tuple[str, ...], origins: Mapping[str, str], shown: str) -> str:
+    """Where the fault was most likely made: an override, else a written line, else a default."""
+    places = [origins[key] for key in keys if key in origins]
+    written = [place for place in places if place != "default"]
+    overridden = [place for place in written if not re.search(r":\d+$", place)]
+    return next(iter(overridden + written), f"{shown} (default value)" if places else shown)
+
+
+# --- ranges --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """Legal numbers: from `low` to `high`, `open_` ends excluded."""
+
+    low: float = 0.0
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        if self.high == float("inf"):
+            return low
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:g}"
+
+
+_COUNT = Range(low=1)
+_NOT_NEGATIVE = Range()
+_POSITIVE = Range(open_low=True)
+_DECAY = Range(high=1, open_high=True)
+_FRACTION = Range(high=1, open_low=True)
+_TIMESTEP = Range(high=1000)
+
+RANGES: dict[type, dict[str, Range]] = {
+    schema.Video: {
+        "latent_frames": _COUNT,
+        "frames_per_segment": _COUNT,
+        "channels": _COUNT,
+        "latent_height": _COUNT,
+        "latent_width": _COUNT,
+        "fps": _COUNT,
+    },
+    schema.World: {"speed": _NOT_NEGATIVE, "radius": _POSITIVE, "radius_jitter": _NOT_NEGATIVE},
+    schema.Text: {"dim": _COUNT, "length": _COUNT},
+    schema.Network: {"dim": _COUNT, "ffn_dim": _COUNT, "heads": _COUNT, "blocks": _COUNT, "freq_dim": _COUNT},
+    schema.Flow: {"shift": _POSITIVE},
+    schema.Optimizer: {
+        "lr": _POSITIVE,
+        "beta1": _DECAY,
+        "beta2": _DECAY,
+        "weight_decay": _NOT_NEGATIVE,
+        "clip_norm": _POSITIVE,
+        "warmup": _NOT_NEGATIVE,
+    },
+    schema.Batch: {"global_size": _COUNT, "micro_size": _COUNT},
+    schema.Ema: {"decay": _DECAY, "start_update": _NOT_NEGATIVE},
+    schema.Rollout: {
+        "exit_groups": _COUNT,
+        "context_timestep": _TIMESTEP,
+        "window_frames": _NOT_NEGATIVE,
+        "sink_frames": _NOT_NEGATIVE,
+    },
+    schema.Dmd: {
+        "guidance": _NOT_NEGATIVE,
+        "min_timestep": _TIMESTEP,
+        "max_timestep": _TIMESTEP,
+        "critic_updates": _COUNT,
+    },
+    schema.Foresight: {"weight": _NOT_NEGATIVE, "depth": _FRACTION, "predictor_blocks": _COUNT},
+    schema.Consistency: {"points": Range(low=2), "guidance": _NOT_NEGATIVE},
+    schema.Stage: {"cycles": _COUNT, "prompt_dropout": _DECAY},
+    schema.Parallel: {"replicas": _COUNT},
+    schema.Checkpoint: {"every_cycles": _COUNT, "keep": _COUNT},
+    schema.Evaluate: {"samples": _COUNT, "probe_clips": _COUNT, "probe_updates": _COUNT, "teacher_steps": _COUNT},
+    schema.Recipe: {"seed": _NOT_NEGATIVE},
+}
+
+
+def sections(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section of a recipe with its dotted path ("" for the recipe itself)."""
+    if is_dataclass(node):
+        yield path, node
+    below = node.items() if isinstance(node, dict) else [(each.name, getattr(node, each.name)) for each in fields(node)]
+    for name, value in below:
+        if is_dataclass(value) or isinstance(value, dict):
+            yield from sections(value, f"{path}.{name}" if path else name)
+
+
+@rule("range")
+def _ranges(recipe: Recipe) -> Iterator[Problem]:
+    for path, section in sections(recipe):
+        for name, legal in RANGES.get(type(section), {}).items():
+            value = getattr(section, name)
+            if value not in legal:
+                key = f"{path}.{name}" if path else name
+                yield Problem((key,), f"{key} is {value:g}; it must be {legal}")
+
+
+# --- names and shapes ----------------------------------------------------------------------------------------
+
+
+@rule("run-name")
+def _run_name(recipe: Recipe) -> Iterator[Problem]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
+        yield Problem(("name",), f"name {recipe.name!r} becomes a directory; use letters, digits, '.', '_' and '-'")
+
+
+@rule("segments-divide-frames")
+def _segments_divide_frames(recipe: Recipe) -> Iterator[Problem]:
+    frames, length = recipe.video.latent_frames, recipe.video.frames_per_segment
+    if frames % length:
+        near = " or ".join(str(each) for each in _multiples_around(frames, length))
+        what = f"video.latent_frames {frames} is not a whole number of segments of {length}; use {near}"
+        yield Problem(("video.latent_frames", "video.frames_per_segment"), what)
+
+
+@rule("even-latents")
+def _even_latents(recipe: Recipe) -> Iterator[Problem]:
+    for name in ("latent_height", "latent_width"):
+        size = getattr(recipe.video, name)
+        if size % 2:
+            what = f"video.{name} is {size}; patches are 2x2, so use {size - 1 or 2} or {size + 1}"
+            yield Problem((f"video.{name}",), what)
+
+
+@rule("heads-divide-dim")
+def _heads_divide_dim(recipe: Recipe) -> Iterator[Problem]:
+    for name, network in _networks(recipe):
+        if network.dim % network.heads:
+            what = f"{name}.dim {network.dim} is not divisible by {name}.heads {network.heads}; change one of them"
+            yield Problem((f"{name}.dim", f"{name}.heads"), what)
+
+
+@rule("head-dim-rope")
+def _head_dim_rope(recipe: Recipe) -> Iterator[Problem]:
+    for name, network in _networks(recipe):
+        width = network.dim // network.heads
+        if width % 2 or width < 6:
+            what = (
+                f"{name}: heads of width {width} (dim {network.dim} / heads {network.heads}) cannot be split into "
+                "rotary pairs for time, row and column; the width must be even and at least 6"
+            )
+            yield Problem((f"{name}.dim", f"{name}.heads"), what)
+
+
+@rule("even-freq-dim")
+def _even_freq_dim(recipe: Recipe) -> Iterator[Problem]:
+    for name, network in _networks(recipe):
+        if network.freq_dim % 2:
+            what = f"{name}.freq_dim is {network.freq_dim}; it holds sines and cosines in pairs, so make it even"
+            yield Problem((f"{name}.freq_dim",), what)
+
+
+@rule("radius-jitter")
+def _radius_jitter(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.world.radius_jitter >= recipe.world.radius:
+        jitter, radius = recipe.world.radius_jitter, recipe.world.radius
+        what = f"world.radius_jitter {jitter:g} must be less than world.radius {radius:g}"
+        yield Problem(("world.radius_jitter", "world.radius"), what)
+
+
+# --- the pipeline --------------------------------------------------------------------------------------------
+
+
+@rule("some-stage")
+def _some_stage(recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.stages:
+        yield Problem(("stages",), "stages is empty; a recipe trains at least one")
+
+
+@rule("earlier-stages")
+def _earlier_stages(recipe: Recipe) -> Iterator[Problem]:
+    earlier: list[str] = []
+    for name, stage in recipe.stages.items():
+        for role in ("parent", "teacher"):
+            other = getattr(stage, role)
+            if other and other not in earlier:
+                known = f"one of: {', '.join(earlier)}" if earlier else "none: this is the first stage"
+                what = f"stages.{name}.{role} is {other!r}, which is no earlier stage ({known})"
+                yield Problem((f"stages.{name}.{role}",), what)
+        earlier.append(name)
+
+
+@rule("dmd-roles")
+def _dmd_roles(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        keys = (f"stages.{name}.teacher", f"stages.{name}.kind")
+        if stage.kind != "dmd" and stage.teacher:
+            what = f"stages.{name}.teacher has no effect in a stage of kind {stage.kind}; remove it"
+            yield Problem(keys, what)
+        if stage.kind == "dmd":
+            for role in ("parent", "teacher"):
+                if not getattr(stage, role):
+                    what = f"stages.{name}.{role} is missing: a stage of kind dmd needs it; name an earlier stage"
+                    yield Problem((f"stages.{name}.{role}", keys[1]), what)
+
+
+@rule("dmd-teacher-kind")
+def _dmd_teacher_kind(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in _of_kind(recipe, "dmd"):
+        kind = recipe.stages[stage.teacher].kind
+        if kind != "bidirectional":
+            what = f"stages.{name}.teacher {stage.teacher!r} is of kind {kind}; the real score must be bidirectional"
+            yield Problem((f"stages.{name}.teacher",), what)
+
+
+@rule("parent-kind")
+def _parent_kind(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        key = f"stages.{name}.parent"
+        kind = recipe.stages[stage.parent].kind if stage.parent else ""
+        if stage.kind == "consistency" and kind != "teacher_forcing":
+            got = f"{stage.parent!r} is of kind {kind}" if kind else "there is none"
+            what = f"{key}: a consistency stage distils a teacher_forcing stage, and {got}; name one"
+            yield Problem((key, f"stages.{name}.kind"), what)
+        if stage.kind == "bidirectional" and kind not in ("", "bidirectional"):
+            what = f"{key} {stage.parent!r} is of kind {kind}; a bidirectional stage starts from a bidirectional one"
+            yield Problem((key,), what)
+
+
+@rule("parent-shape")
+def _parent_shape(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        if not stage.parent:
+            continue
+        own, other = _trains(stage), _trains(recipe.stages[stage.parent])
+        differs = _shape_difference(recipe, own, other)
+        if differs:
+            what = (
+                f"stages.{name}.parent {stage.parent!r} trains the {other}, whose shape is not that of the {own} "
+                f"({differs}); make the two sections equal or name another parent"
+            )
+            shapes = [f"{network}.{each.name}" for network in (own, other) for each in fields(Network)]
+            yield Problem((f"stages.{name}.parent", *shapes), what)
+
+
+@rule("critic-shape")
+def _critic_shape(recipe: Recipe) -> Iterator[Problem]:
+    for name, _ in _of_kind(recipe, "dmd"):
+        differs = _shape_difference(recipe, "critic", "teacher")
+        if differs:
+            what = f"the critic of stage {name} starts from the teacher's weights, and their shapes differ ({differs})"
+            shapes = [f"{network}.{each.name}" for network in ("critic", "teacher") for each in fields(Network)]
+            yield Problem(tuple(shapes), f"{what}; write critic: ${{teacher}}")
+
+
+@rule("dmd-last")
+def _dmd_last(recipe: Recipe) -> Iterator[Problem]:
+    kinds = [stage.kind for stage in recipe.stages.values()]
+    names = [name for name, _ in _of_kind(recipe, "dmd")]
+    if len(names) > 1:
+        what = f"stages {', '.join(names)} are all of kind dmd; keep one and make the others arms of study.arms"
+        yield Problem((f"stages.{names[1]}.kind",), what)
+    elif names and kinds[-1] != "dmd":
+        yield Problem((f"stages.{names[0]}.kind",), f"stage {names[0]} of kind dmd must be the last one; move it down")
+
+
+# --- batches and schedules -----------------------------------------------------------------------------------
+
+
+@rule("batch-micro")
+def _batch_micro(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        size, micro = stage.batch.global_size, stage.batch.micro_size
+        if size % micro:
+            near = " or ".join(str(each) for each in _multiples_around(size, micro))
+            key = f"stages.{name}.batch"
+            what = f"{key}.global_size {size} is not divisible by {key}.micro_size {micro}; use {near}"
+            yield Problem((f"{key}.global_size", f"{key}.micro_size"), what)
+
+
+@rule("exit-groups")
+def _exit_groups(recipe: Recipe) -> Iterator[Problem]:
+    groups = recipe.rollout.exit_groups
+    for name, stage in _of_kind(recipe, "dmd"):
+        size = stage.batch.global_size
+        if size % groups:
+            what = f"rollout.exit_groups {groups} does not divide stages.{name}.batch.global_size {size}"
+            legal = ", ".join(str(each) for each in range(1, size + 1) if size % each == 0)
+            yield Problem(("rollout.exit_groups", f"stages.{name}.batch.global_size"), f"{what}; use one of {legal}")
+
+
+@rule("warmup")
+def _warmup(recipe: Recipe) -> Iterator[Problem]:
+    for key, optimizer, updates in _optimizers(recipe):
+        if optimizer.warmup > updates:
+            what = f"{key}.warmup {optimizer.warmup} is longer than the {updates} updates of this network; shorten it"
+            yield Problem((f"{key}.warmup",), what)
+
+
+@rule("ema-off")
+def _ema_off(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        if stage.ema.decay == 0 and stage.ema.start_update:
+            key = f"stages.{name}.ema.start_update"
+            yield Problem((key,), f"{key} has no effect: decay 0 turns the average off; remove it")
+
+
+# --- rollout, dmd, foresight ---------------------------------------------------------------------------------
+
+
+@rule("rollout-steps")
+def _rollout_steps(recipe: Recipe) -> Iterator[Problem]:
+    steps = recipe.rollout.steps
+    falling = all(high > low for high, low in zip(steps, steps[1:], strict=False))
+    if not steps or not falling or not all(1 <= step <= 1000 for step in steps):
+        what = f"rollout.steps {steps} must fall strictly and lie within 1..1000, such as [1000, 750, 500, 250]"
+        yield Problem(("rollout.steps",), what)
+
+
+@rule("window")
+def _window(recipe: Recipe) -> Iterator[Problem]:
+    window, sink = recipe.rollout.window_frames, recipe.rollout.sink_frames
+    length = recipe.video.frames_per_segment
+    if sink and not window:
+        what = "rollout.sink_frames has no effect without rollout.window_frames; set a window or remove the sink"
+        yield Problem(("rollout.sink_frames",), what)
+    for name, frames in (("window_frames", window), ("sink_frames", sink)):
+        if frames % length:
+            near = " or ".join(str(each) for each in _multiples_around(frames, length))
+            what = f"rollout.{name} {frames} is not a whole number of segments of {length} frames; use {near}"
+            yield Problem((f"rollout.{name}", "video.frames_per_segment"), what)
+    if window and window < sink + length:
+        what = f"rollout.window_frames {window} cannot hold the sink ({sink}) and one segment ({length})"
+        what = f"{what}; use at least {sink + length}, or 0 for all frames"
+        yield Problem(("rollout.window_frames", "rollout.sink_frames"), what)
+
+
+@rule("score-timesteps")
+def _score_timesteps(recipe: Recipe) -> Iterator[Problem]:
+    low, high = recipe.dmd.min_timestep, recipe.dmd.max_timestep
+    if low >= high:
+        yield Problem(
+            ("dmd.min_timestep", "dmd.max_timestep"), f"dmd.min_timestep {low:g} must be below max_timestep {high:g}"
+        )
+
+
+@rule("offsets")
+def _offsets(recipe: Recipe) -> Iterator[Problem]:
+    offsets = recipe.foresight.offsets
+    segments = recipe.video.latent_frames // recipe.video.frames_per_segment
+    if not offsets or len(set(offsets)) < len(offsets) or not all(0 <= each < segments for each in offsets):
+        what = f"foresight.offsets {offsets} must be different numbers from 0 to {segments - 1} (segments ahead)"
+        yield Problem(("foresight.offsets", "video.latent_frames", "video.frames_per_segment"), what)
+
+
+@rule("shuffled-targets")
+def _shuffled_targets(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in _of_kind(recipe, "dmd"):
+        if recipe.foresight.targets == "shuffled" and stage.batch.global_size < 2:
+            key = f"stages.{name}.batch.global_size"
+            what = f"foresight.targets shuffled needs another sample to take the target from; raise {key} above 1"
+            yield Problem(("foresight.targets", key), what)
+
+
+# --- the study -----------------------------------------------------------------------------------------------
+
+# Arms share their start, data and draws: nothing that earlier stages or the report read may differ between them.
+_SHARED = {"name", "seed", "study", "video", "world", "text", "consistency", "evaluate"}
+_SHARED |= {"teacher", "generator", "critic"}
+
+
+@rule("study-size")
+def _study_size(recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.study.arms:
+        yield Problem(("study.arms",), "study.arms is empty; it needs at least one arm, such as {foresight: []}")
+    if not recipe.study.seeds or len(set(recipe.study.seeds)) < len(recipe.study.seeds):
+        yield Problem(("study.seeds",), f"study.seeds {recipe.study.seeds} must be different numbers, at least one")
+    if any(seed < 0 for seed in recipe.study.seeds):
+        yield Problem(("study.seeds",), f"study.seeds {recipe.study.seeds} must not be negative")
+
+
+@rule("arm-overrides")
+def _arm_overrides(recipe: Recipe) -> Iterator[Problem]:
+    dmd = [f"stages.{name}." for name, _ in _of_kind(recipe, "dmd")]
+    for name, arm in recipe.study.arms.items():
+        key = f"study.arms.{name}"
+        written = [text.partition("=")[0].strip() for text in arm]
+        twice = {each for each in written if written.count(each) > 1}
+        if twice:
+            yield Problem((key,), f"{key} sets {', '.join(sorted(twice))} twice; keep one")
+        for each in written:
+            other_stage = each.startswith("stages.") and not each.startswith(tuple(dmd))
+            if each.split(".")[0] in _SHARED or other_stage:
+                what = f"{key} sets {each}, which all arms share (they have one start, one data set, one report)"
+                yield Problem((key,), f"{what}; write it outside the study")
+
+
+@rule("study-needs-dmd")
+def _study_needs_dmd(recipe: Recipe) -> Iterator[Problem]:
+    if not _of_kind(recipe, "dmd"):
+        for name, arm in recipe.study.arms.items():
+            if arm:
+                what = f"study.arms.{name} has no effect: no stage is of kind dmd; remove it"
+                yield Problem((f"study.arms.{name}",), what)
+
+
+# --- layout on a number of ranks -----------------------------------------------------------------------------
+
+
+def accumulation(batch: Batch, ranks: int, where: str = "batch") -> int:
+    """Micro-batches each rank runs an update: global_size / (ranks x micro_size).
+
+    Raises RecipeError, with the nearest global sizes that can be split, where that is no whole number.
+    """
+    together = ranks * batch.micro_size
+    if batch.global_size % together == 0:
+        return batch.global_size // together
+    near = " or ".join(str(each) for each in _multiples_around(batch.global_size, together))
+    what = (
+        f"batch.global_size {batch.global_size} cannot be split over {ranks} ranks x micro_size {batch.micro_size}; "
+        f"use a global size of {near}, or another number of ranks"
+    )
+    raise RecipeError(where, what)
+
+
+def check_layout(recipe: Recipe, ranks: int) -> dict[str, int]:
+    """Accumulation of every stage on `ranks` ranks. RecipeError where the recipe cannot run on that many."""
+    if ranks < 1:
+        raise RecipeError("ranks", f"{ranks} ranks cannot train anything; use at least 1")
+    if ranks % recipe.parallel.replicas:
+        replicas = recipe.parallel.replicas
+        raise RecipeError("parallel.replicas", f"{ranks} ranks cannot form {replicas} equal replicas; use a multiple")
+    counts = {name: accumulation(stage.batch, ranks, f"stages.{name}") for name, stage in recipe.stages.items()}
+    groups = recipe.rollout.exit_groups
+    for name, stage in _of_kind(recipe, "dmd"):
+        if counts[name] % groups:
+            near = _multiples_around(stage.batch.global_size, ranks * stage.batch.micro_size * groups)
+            what = (
+                f"rollout.exit_groups {groups} does not divide the {counts[name]} micro-batches a rank runs at "
+                f"{ranks} ranks; use another exit_groups or batch.global_size {' or '.join(map(str, near))}"
+            )
+            raise RecipeError(f"stages.{name}", what)
+    return counts
+
+
+# --- shared by the rules -------------------------------------------------------------------------------------
+
+
+def _networks(recipe: Recipe) -> list[tuple[str, Network]]:
+    return [("teacher", recipe.teacher), ("generator", recipe.generator), ("critic", recipe.critic)]
+
+
+def _of_kind(recipe: Recipe, kind: str) -> list[tuple[str, Stage]]:
+    return [(name, stage) for name, stage in recipe.stages.items() if stage.kind == kind]
+
+
+def _trains(stage: Stage) -> str:
+    return "teacher" if stage.kind == "bidirectional" else "generator"
+
+
+def _shape_difference(recipe: Recipe, one: str, other: str) -> str:
+    first, second = getattr(recipe, one), getattr(recipe, other)
+    names = [each.name for each in fields(Network) if getattr(first, each.name) != getattr(second, each.name)]
+    return ", ".join(f"{one}.{name} {getattr(first, name)}, {other}.{name} {getattr(second, name)}" for name in names)
+
+
+def _optimizers(recipe: Recipe) -> Iterable[tuple[str, Optimizer, int]]:
+    """Every optimizer with the updates its network gets in its stage."""
+    for name, stage in recipe.stages.items():
+        yield f"stages.{name}.optimizer", stage.optimizer, stage.cycles
+        if stage.kind == "dmd":
+            critic = stage.cycles * recipe.dmd.critic_updates
+            yield "dmd.critic_optimizer", recipe.dmd.critic_optimizer, critic
+            # The predictor learns with the generator and again on the replay after critic updates.
+            yield "foresight.optimizer", recipe.foresight.optimizer, critic + stage.cycles
+
+
+def _multiples_around(value: int, step: int) -> list[int]:
+    below = value // step * step
+    return [each for each in (below, below + step) if each > 0]

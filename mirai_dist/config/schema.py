@@ -1,0 +1,231 @@
+"""Every key a recipe may hold: frozen dataclasses, one a section, read by `mirai_dist.config.load`.
+
+The schema is closed: a key that is not a field here is an error. Each field carries one line of help
+(shown by `mirai check --explain KEY`) and, where only some strings make sense, the list of choices.
+No torch here: a login node imports this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+
+def key(default: Any = MISSING, *, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A recipe key: its default (none: the recipe must set it), its one-line help, its legal strings."""
+    metadata = {"help": help, "choices": choices}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """Shape of one latent video and of the segments it is generated in."""
+
+    latent_frames: int = key(help="latent frames of a training rollout (Wan: 21)")
+    frames_per_segment: int = key(help="latent frames generated at a time: 3 chunk-wise, 1 frame-wise")
+    channels: int = key(16, help="latent channels (Wan's VAE: 16)")
+    latent_height: int = key(help="latent rows; pixels / 8 (480p: 60)")
+    latent_width: int = key(help="latent columns; pixels / 8 (480p: 104)")
+    fps: int = key(16, help="frames a second of the written videos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The procedural video world that stands in for a data set (mirai_dist/data/world.py)."""
+
+    speed: float = key(help="pixels a shape moves per latent frame (four pixel frames)")
+    radius: float = key(help="half extent of a shape, pixels")
+    radius_jitter: float = key(0.0, help="each clip's radius is drawn from radius +- this, pixels")
+    level: str = key(
+        "free",
+        help="free: one shape, walls out of reach during a training clip; bounce: starts anywhere and "
+        "reflects; occlusion: bounce, and a grey pillar hides the middle of the picture",
+        choices=("free", "bounce", "occlusion"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The frozen text encoder."""
+
+    encoder: str = key("vocabulary", help="vocabulary: fixed embeddings of the world's closed vocabulary",
+                       choices=("vocabulary",))
+    dim: int = key(help="width of a text embedding (UMT5-XXL: 4096)")
+    length: int = key(help="positions a prompt is padded to with zeros (Wan: 512)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Shape of one Wan DiT."""
+
+    dim: int = key(help="model width (1.3B: 1536, 14B: 5120)")
+    ffn_dim: int = key(help="feed-forward width (1.3B: 8960, 14B: 13824)")
+    heads: int = key(help="attention heads (1.3B: 12, 14B: 40)")
+    blocks: int = key(help="transformer blocks (1.3B: 30, 14B: 40)")
+    freq_dim: int = key(256, help="width of the timestep sinusoid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """The one flow-matching schedule of all networks: sigma = timestep / 1000."""
+
+    shift: float = key(5.0, help="timestep shift of training draws and of the warped step list")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and gradient clipping of one network. Schedules count this network's own updates."""
+
+    lr: float = key(help="peak learning rate")
+    beta1: float = key(0.0, help="AdamW beta1 (the release: 0)")
+    beta2: float = key(0.999, help="AdamW beta2")
+    weight_decay: float = key(0.01, help="decoupled weight decay")
+    clip_norm: float = key(10.0, help="global gradient norm above which gradients are scaled down")
+    schedule: str = key("constant", help="learning rate over the stage's updates", choices=("constant", "cosine"))
+    warmup: int = key(0, help="updates of linear warm-up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The user states the global batch; accumulation = global / (ranks x micro) is derived."""
+
+    global_size: int = key(help="samples an update sees over all ranks and micro-batches")
+    micro_size: int = key(1, help="samples a rank runs at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ema:
+    """Sharded fp32 moving average of the trained network."""
+
+    decay: float = key(0.99, help="weight of the old average at each update; 0 turns the average off")
+    start_update: int = key(0, help="updates of the network before the average is created")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Segment-by-segment generation with the KV cache."""
+
+    steps: list[int] = key(lambda: [1000, 750, 500, 250], help="denoising steps before the shift warps them")
+    exit_groups: int = key(1, help="independent exit-step draws a global batch is split into")
+    kv_grad: str = key("detached", help="whether gradient flows into cached keys and values of earlier segments",
+                       choices=("detached", "leaky"))
+    context_timestep: float = key(0.0, help="timestep of the context pass; 0 caches the clean segment")
+    window_frames: int = key(0, help="latent frames attention may see, the current segment included; 0 is all")
+    sink_frames: int = key(0, help="first latent frames that a sliding window never drops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dmd:
+    """Distribution matching of the generator and its critic (stage kind dmd)."""
+
+    guidance: float = key(3.0, help="g in real = cond + g (cond - uncond); CFG weight g + 1")
+    min_timestep: float = key(20.0, help="smallest timestep at which the scores are compared")
+    max_timestep: float = key(980.0, help="largest timestep at which the scores are compared")
+    critic_updates: int = key(5, help="critic updates after each generator update")
+    critic_optimizer: Optimizer = key(lambda: Optimizer(lr=4e-7), help="AdamW of the critic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foresight:
+    """Foresight distillation (Video-Mirai section 3)."""
+
+    weight: float = key(0.2, help="lambda; 0 is bit-identical to no foresight")
+    preset: str = key("paper", help="paper: depth counts executed blocks, fp32 fusion, plain predictor, replay after "
+                      "every critic update; release: the authors' shipped arithmetic", choices=("paper", "release"))
+    offsets: list[int] = key(lambda: [0, 1], help="segments ahead whose features are averaged into the target")
+    depth: float = key(0.5, help="relative depth of the generator state and of the encoder feature")
+    predictor_blocks: int = key(3, help="DiT blocks of the predictor")
+    encoder_attention: str = key("bidirectional", help="what the encoder may see; causal is the control without future",
+                                 choices=("bidirectional", "causal"))
+    targets: str = key("rollout", help="shuffled pairs each state with another sample's target: a control",
+                       choices=("rollout", "shuffled"))
+    optimizer: Optimizer = key(lambda: Optimizer(lr=2e-6), help="AdamW of the predictor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency:
+    """Causal consistency distillation (stage kind consistency)."""
+
+    points: int = key(48, help="points of the Euler grid that neighbouring timesteps are taken from")
+    guidance: float = key(3.0, help="w in v = uncond + w (cond - uncond) of the AR teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the pipeline; stages run in the order they are written."""
+
+    kind: str = key(help="what is trained: bidirectional teacher, teacher-forced AR teacher, few-step consistency, dmd",
+                    choices=("bidirectional", "teacher_forcing", "consistency", "dmd"))
+    parent: str = key("", help="stage whose weights the trained network starts from; empty: random weights")
+    teacher: str = key("", help="stage whose bidirectional weights serve as real score, critic start and foresight encoder (kind dmd)")
+    cycles: int = key(help="cycles to run: one update, or for dmd one generator and all critic updates")
+    batch: Batch = key(help="batch of every update of the stage")
+    optimizer: Optimizer = key(help="AdamW of the trained network (kind dmd: the generator)")
+    ema: Ema = key(Ema, help="moving average of the trained network; kind consistency: its target")
+    prompt_dropout: float = key(0.0, help="fraction of samples trained on the empty prompt, which guidance needs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How networks are sharded; read by plan.shards, which planner and run share."""
+
+    replicas: int = key(1, help="HSDP replicas; ranks / replicas shard each network")
+    compute_dtype: str = key("bfloat16", help="dtype of gathered parameters and activations; masters and reductions are fp32",
+                             choices=("bfloat16", "float32"))
+    unit: str = key("block", help="what FSDP gathers at a time", choices=("block", "network"))
+    reshard_after_forward: bool = key(True, help="free gathered parameters after each forward")
+    recompute: str = key("block", help="block: keep only block inputs for backward; none: keep everything",
+                         choices=("block", "none"))
+    sync_every_micro_batch: bool = key(False, help="reduce gradients after each micro-batch (less memory) or the last one only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Committed checkpoints of the run."""
+
+    every_cycles: int = key(help="cycles between saves; the last cycle always saves")
+    keep: int = key(2, help="newest complete checkpoints kept per stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Arms of the DMD stage: the same start, data and draws, each with its own overrides, for each seed."""
+
+    seeds: list[int] = key(lambda: [1], help="training seeds; the unit of every comparison")
+    arms: dict[str, list[str]] = key(lambda: {"foresight": []}, help="arm name -> overrides (section.key=value) of this recipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What the report measures."""
+
+    samples: int = key(64, help="videos per arm and seed from which quality is measured")
+    probe_clips: int = key(256, help="rollouts whose states the future-readout probe is trained on")
+    probe_updates: int = key(300, help="updates of each probe decoder")
+    teacher_steps: int = key(20, help="Euler steps of the bidirectional teacher's own samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: what is trained, on what, how it is sharded and what is measured."""
+
+    name: str = key(help="name of the run; the default run directory is runs/<name>")
+    seed: int = key(1, help="seed of every draw outside the study's own seeds")
+    video: Video = key(help="latent video and segments")
+    world: World = key(help="procedural video world")
+    text: Text = key(help="text encoder")
+    teacher: Network = key(help="bidirectional teacher: real score and foresight encoder")
+    generator: Network = key(help="causal few-step generator, and the AR teacher it starts from")
+    critic: Network = key(help="fake score")
+    flow: Flow = key(Flow, help="flow-matching schedule")
+    rollout: Rollout = key(Rollout, help="causal rollout")
+    dmd: Dmd = key(Dmd, help="distribution matching")
+    foresight: Foresight = key(Foresight, help="foresight distillation")
+    consistency: Consistency = key(Consistency, help="few-step initialisation")
+    stages: dict[str, Stage] = key(help="the pipeline, in order")
+    parallel: Parallel = key(Parallel, help="sharding and precision")
+    checkpoint: Checkpoint = key(help="checkpoints")
+    study: Study = key(Study, help="arms and seeds of the dmd stage")
+    evaluate: Evaluate = key(Evaluate, help="report")

@@ -1,0 +1,53 @@
+"""What a run really uses, printed at the start and stored as RUN/effective.yaml."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from mirai_dist.config import schema
+from mirai_dist.config.rules import accumulation
+from mirai_dist.method.flow import warped_steps
+from mirai_dist.method.foresight import PRESETS, captured_blocks
+from mirai_dist.plan.shards import ShardPlan, predictor_plan, ranks_per_shard, wan_plan
+
+
+def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
+    """Mesh, dtypes, units, warped timesteps, captured blocks and derived accumulation, from the data the run uses."""
+    arithmetic = PRESETS[recipe.foresight.preset]
+    depth = recipe.foresight.depth
+    plans = {
+        "generator": wan_plan(recipe.parallel, recipe.generator.blocks, trained=True),
+        "critic": wan_plan(recipe.parallel, recipe.critic.blocks, trained=True),
+        "teacher and foresight encoder": wan_plan(recipe.parallel, recipe.teacher.blocks, trained=False),
+        "predictor": predictor_plan(recipe.parallel, arithmetic.bf16_predictor),
+    }
+    return {
+        "ranks": ranks,
+        "mesh": {"replicas": recipe.parallel.replicas, "ranks per shard": ranks_per_shard(recipe, ranks)},
+        "device": device,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "attention": "torch scaled_dot_product_attention",
+        "denoising timesteps": list(warped_steps(recipe.rollout.steps, recipe.flow.shift)),
+        "segments": recipe.video.latent_frames // recipe.video.frames_per_segment,
+        "foresight": {
+            "generator blocks": captured_blocks(recipe.generator.blocks, depth, arithmetic),
+            "encoder blocks": captured_blocks(recipe.teacher.blocks, depth, arithmetic),
+        },
+        "accumulation": {name: accumulation(stage.batch, ranks) for name, stage in recipe.stages.items()},
+        "networks": {name: _described(plan) for name, plan in plans.items()},
+    }
+
+
+def _described(plan: ShardPlan) -> dict[str, Any]:
+    return {
+        "storage": plan.storage_dtype,
+        "compute": plan.compute_dtype,
+        "reduce": str(torch.promote_types(getattr(torch, plan.compute_dtype), torch.float32)).removeprefix("torch."),
+        "units": len(plan.units),
+        "reshard after forward": plan.units[0].reshard_after_forward,
+        "recomputed blocks": len(plan.recompute),
+    }

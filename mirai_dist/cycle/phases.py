@@ -1,0 +1,221 @@
+"""A function a phase: what each update of a cycle computes, micro-batch by micro-batch.
+
+Every phase declares the roles it may change (`CHANGES`); tests digest all networks before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mirai_dist.cycle.roles import Role, causal, features_of, teacher_forced, velocity_of
+from mirai_dist.method import foresight as foresight_method
+from mirai_dist.method.consistency import ConsistencyNetworks, Neighbours, consistency_loss
+from mirai_dist.method.critic import critic_loss
+from mirai_dist.method.dmd import Conditioning, dmd_loss, noised, score_difference, score_timestep
+from mirai_dist.method.flow import euler_grid, shifted
+from mirai_dist.method.rollout import RolloutInputs, rollout
+from mirai_dist.method.teacher_forcing import bidirectional_loss, teacher_forcing_loss
+
+if TYPE_CHECKING:
+    from mirai_dist.cycle.stages import ConsistencyStage, DmdStage, FlowStage, Moment, Stage
+
+CHANGES = {
+    "bidirectional": ("teacher",),
+    "teacher_forcing": ("generator",),
+    "consistency": ("generator", "target"),
+    "generator": ("generator", "predictor"),
+    "critic": ("critic",),
+    "replay": ("predictor",),
+}
+
+
+def update(stage: Stage, phase: str, roles: Sequence[Role], batch: Sequence[list[int]],
+           loss_of: Callable[[list[int]], Tensor]) -> None:
+    """One optimizer update of `roles`: the mean loss over this rank's micro-batches of global sample offsets."""
+    for index, samples in enumerate(batch):
+        for role in roles:
+            stage.run.engine.accumulate(role.network, role.plan, last=index == len(batch) - 1)
+        loss = loss_of(samples)
+        with stage.ledger.phase("backward"):
+            (loss / len(batch)).backward()
+    with stage.ledger.phase("optimizer"):
+        for role in roles:
+            for name, value in role.step(phase).items():
+                stage.metrics.add(name, value)
+
+
+def generator_update(stage: DmdStage, at: Moment) -> None:
+    """One generator update: rollout with gradient, DMD, and foresight when it is on."""
+    stage.replay.clear()
+    batch, numbers = stage.take("generator")
+    roles = [stage.generator, *([stage.predictor] if stage.predictor else [])]
+
+    def loss_of(samples: list[int]) -> Tensor:
+        text = stage.run.encode(numbers, samples)
+        latents, states = _rollout(stage, at, samples, text, capture=stage.generator_blocks)
+        with stage.ledger.phase("scores"):
+            loss = _distribution_matching(stage, at, samples, latents, text)
+        if stage.predictor is not None:
+            loss = loss + stage.recipe.foresight.weight * _foresight(stage, samples, latents, states, text)
+        return loss
+
+    update(stage, "generator", roles, batch, loss_of)
+
+
+def critic_update(stage: DmdStage, at: Moment) -> None:
+    """One critic update on fresh rollouts of the current generator, without gradient into it."""
+    batch, numbers = stage.take("critic")
+
+    def loss_of(samples: list[int]) -> Tensor:
+        text = stage.run.encode(numbers, samples)
+        with torch.no_grad():
+            latents, _ = _rollout(stage, at, samples, text, capture=0)
+        with stage.ledger.phase("critic"):
+            timesteps = _score_timesteps(stage, at, samples)
+            noise = stage.normal("critic/noise", at, samples, latents.shape[1:])
+            loss = critic_loss(velocity_of(stage.critic.network), latents, noise, timesteps, text)
+        stage.metrics.add("loss/critic", loss)
+        return loss
+
+    update(stage, "critic", [stage.critic], batch, loss_of)
+
+
+def replay_update(stage: DmdStage) -> None:
+    """One predictor update on the cached pairs of the last generator update; nothing else moves."""
+    assert stage.predictor is not None
+    predictor, arithmetic = stage.predictor, stage.arithmetic
+    pairs = list(stage.replay.batches(stage.stage.batch.micro_size))
+
+    def loss_of(which: list[int]) -> Tensor:
+        with stage.ledger.phase("replay"):
+            loss, cosine = foresight_method.foresight_loss(predictor.network, *pairs[which[0]], arithmetic)
+        stage.metrics.add("cosine/replay", cosine)
+        return stage.recipe.foresight.weight * loss
+
+    update(stage, "replay", [predictor], [[i] for i in range(len(pairs))], loss_of)
+
+
+def flow_update(stage: FlowStage, at: Moment) -> None:
+    """One flow-matching update of a teacher, bidirectional or teacher-forced."""
+    batch, numbers = stage.take("data")
+    recipe, segment = stage.recipe, stage.recipe.video.frames_per_segment
+
+    def loss_of(samples: list[int]) -> Tensor:
+        with stage.ledger.phase("data"):
+            clean, text = stage.run.clean_latents(numbers, samples), _prompts(stage, at, numbers, samples)
+            noise = stage.normal("noise", at, samples, clean.shape[1:])
+        with stage.ledger.phase("forward"):
+            if stage.stage.kind == "bidirectional":
+                draws = [stage.run.draws.uniform(stage.purpose("timestep"), *at, s) for s in samples]
+                timesteps = torch.tensor([shifted(1.0 - u, recipe.flow.shift) for u in draws], device=clean.device)
+                loss = bidirectional_loss(velocity_of(stage.trained.network), clean, noise, timesteps, text)
+            else:
+                timesteps = _segment_timesteps(stage, at, samples)
+                network = teacher_forced(stage.trained.network, segment)
+                loss = teacher_forcing_loss(network, clean, noise, timesteps, text, recipe.flow.shift)
+        stage.metrics.add("loss/flow", loss)
+        return loss
+
+    update(stage, stage.stage.kind, [stage.trained], batch, loss_of)
+
+
+def consistency_update(stage: ConsistencyStage, at: Moment) -> None:
+    """One consistency update of the student, then of its target network."""
+    batch, numbers = stage.take("data")
+    settings, segment = stage.recipe.consistency, stage.recipe.video.frames_per_segment
+    grid = euler_grid(settings.points, stage.recipe.flow.shift)
+    roles = (stage.trained, stage.target, stage.teacher)
+    networks = ConsistencyNetworks(*(teacher_forced(role.network, segment) for role in roles))
+
+    def loss_of(samples: list[int]) -> Tensor:
+        with stage.ledger.phase("data"):
+            clean = stage.run.clean_latents(numbers, samples)
+            prompts = Conditioning(stage.run.encode(numbers, samples), stage.run.negative)
+            noise = stage.normal("noise", at, samples, clean.shape[1:])
+        draws = [stage.run.draws.integer(stage.purpose("point"), *at, s, settings.points - 1) for s in samples]
+        first, second = (torch.tensor([grid[i + k] for i in draws], device=clean.device) for k in (0, 1))
+        frames = clean.shape[1]
+        neighbours = Neighbours(first[:, None].expand(-1, frames), second[:, None].expand(-1, frames))
+        with stage.ledger.phase("forward"):
+            loss = consistency_loss(networks, clean, noise, neighbours, prompts, settings.guidance)
+        stage.metrics.add("loss/consistency", loss)
+        return loss
+
+    update(stage, "consistency", [stage.trained], batch, loss_of)
+    stage.refresh_target()
+
+
+def _rollout(stage: DmdStage, at: Moment, samples: list[int], text: Tensor, capture: int) -> tuple[Tensor, list[Tensor]]:
+    steps, video = len(stage.rollout.timesteps), stage.recipe.video
+    shape = (steps + 1, video.latent_frames, video.channels, video.latent_height, video.latent_width)
+    noise = stage.normal("rollout", at, samples, shape).transpose(0, 1)
+    exit_step = stage.exit_step(at, samples)
+    stage.metrics.add("exit_step", float(exit_step))
+    with stage.ledger.phase("rollout"):
+        inputs = RolloutInputs(noise, text, exit_step, capture)
+        return rollout(causal(stage.generator.network), stage.rollout, inputs, stage.cache(len(samples)))
+
+
+def _distribution_matching(stage: DmdStage, at: Moment, samples: list[int], latents: Tensor, text: Tensor) -> Tensor:
+    timesteps = _score_timesteps(stage, at, samples)
+    noisy = noised(latents, stage.normal("score/noise", at, samples, latents.shape[1:]), timesteps)
+    scores = (velocity_of(stage.teacher.network), velocity_of(stage.critic.network))
+    prompts = Conditioning(text, stage.run.negative)
+    gradient = score_difference(latents, noisy, timesteps, prompts, scores, stage.recipe.dmd.guidance)
+    loss = dmd_loss(latents, gradient)
+    stage.metrics.add("loss/dmd", loss)
+    stage.metrics.add("dmd_gradient", gradient.abs().mean())
+    return loss
+
+
+def _foresight(stage: DmdStage, samples: list[int], latents: Tensor, states: list[Tensor], text: Tensor) -> Tensor:
+    assert stage.predictor is not None
+    settings, segments = stage.recipe.foresight, len(states)
+    causal_frames = stage.recipe.video.frames_per_segment if settings.encoder_attention == "causal" else 0
+    with stage.ledger.phase("encoder"):
+        encode = features_of(stage.teacher.network, stage.encoder_blocks, causal_frames)
+        targets = foresight_method.fuse_targets(
+            encode(latents.detach(), text), segments, settings.offsets, stage.arithmetic
+        )
+    if settings.targets == "shuffled":
+        targets = targets.roll(1, dims=0)
+    with stage.ledger.phase("predictor"):
+        supervised = foresight_method.supervised_segments(segments, settings.offsets)
+        pairs = torch.stack([states[i] for i in supervised], dim=1)
+        loss, cosine = foresight_method.foresight_loss(stage.predictor.network, pairs, targets, stage.arithmetic)
+    stage.replay.store(samples, pairs, targets)
+    stage.metrics.add("loss/foresight", loss)
+    stage.metrics.add("cosine/foresight", cosine)
+    return loss
+
+
+def _score_timesteps(stage: DmdStage, at: Moment, samples: list[int]) -> Tensor:
+    dmd, shift = stage.recipe.dmd, stage.recipe.flow.shift
+    draws = [stage.run.draws.integer(stage.purpose("score/timestep"), *at, s, 1000) for s in samples]
+    values = [score_timestep(u, shift, dmd.min_timestep, dmd.max_timestep) for u in draws]
+    return torch.tensor(values, device=stage.run.draws.device)
+
+
+def _segment_timesteps(stage: FlowStage, at: Moment, samples: list[int]) -> Tensor:
+    """Timesteps [B, F], one independent draw a segment."""
+    video = stage.recipe.video
+    rows = []
+    for sample in samples:
+        per_segment = []
+        for segment in range(video.latent_frames // video.frames_per_segment):
+            u = stage.run.draws.uniform(stage.purpose(f"timestep/{segment}"), *at, sample)
+            per_segment += [shifted(1.0 - u, stage.recipe.flow.shift)] * video.frames_per_segment
+        rows.append(per_segment)
+    return torch.tensor(rows, device=stage.run.draws.device)
+
+
+def _prompts(stage: Stage, at: Moment, numbers: list[int], samples: list[int]) -> Tensor:
+    """Text embeddings with a fraction replaced by the negative prompt's, so that guidance has both sides."""
+    text = stage.run.encode(numbers, samples)
+    dropped = [stage.run.draws.uniform(stage.purpose("prompt_dropout"), *at, s) < stage.stage.prompt_dropout
+               for s in samples]
+    return torch.where(torch.tensor(dropped, device=text.device)[:, None, None], stage.run.negative, text)

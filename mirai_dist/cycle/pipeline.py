@@ -1,0 +1,138 @@
+"""The whole recipe: its stages in order, the study's arms and seeds, each skipped when already done.
+
+    for each stage:  build its networks, start them from the parent, resume, run the loop, mark it done
+    then:            the study's measurements and the report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirai_dist.config import Resolved, schema
+from mirai_dist.config.digest import digest
+from mirai_dist.cycle.cycle import Loop
+from mirai_dist.cycle.saver import Saver
+from mirai_dist.cycle.stages import STAGES, Parents, Run, Stage
+from mirai_dist.cycle.watch import Watch
+from mirai_dist.data.world import World as VideoWorld
+from mirai_dist.models.text import VocabularyEncoder
+from mirai_dist.models.vae import LinearVae
+from mirai_dist.observe.console import Console
+from mirai_dist.observe.sinks import Sinks
+from mirai_dist.parallel.engine_fsdp import FsdpEngine
+from mirai_dist.parallel.mesh import build_mesh
+from mirai_dist.runtime.bootstrap import World
+from mirai_dist.runtime.signals import StopRequest
+from mirai_dist.state.commit import CheckpointError, latest
+from mirai_dist.state.draws import Draws
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the pipeline: a stage, for the dmd stage one arm and seed of it."""
+
+    stage: str
+    title: str
+    directory: Path
+    recipe: schema.Recipe
+    seed: int
+    arm: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and with whom the pipeline runs."""
+
+    ranks: World
+    run_dir: Path
+    console: Console
+    stop: StopRequest
+
+
+def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
+    """Every training run of the recipe, in order; seeds outside arms, so that each seed's arms end together."""
+    recipe = resolved.recipe
+    for name, stage in recipe.stages.items():
+        directory = run_dir / "stages" / name
+        if stage.kind != "dmd":
+            yield Job(name, name, directory, recipe, recipe.seed)
+            continue
+        for seed in recipe.study.seeds:
+            for arm, overrides in recipe.study.arms.items():
+                arm_recipe = resolved.with_overrides(overrides, f"study.arms.{arm}").recipe
+                yield Job(name, f"{name} {arm} seed {seed}", directory / arm / f"seed-{seed}", arm_recipe, seed, arm)
+
+
+def make_run(job: Job, place: Place) -> Run:
+    """Engine, keyed randomness, world and encoders for one job."""
+    recipe, ranks = job.recipe, place.ranks
+    mesh = build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type)
+    world = VideoWorld(recipe.world, recipe.video, recipe.seed)
+    text = VocabularyEncoder(world.vocabulary(), recipe.text.dim, recipe.text.length)
+    return Run(recipe, ranks.world_size, ranks.rank, FsdpEngine(mesh, ranks.device), Draws(job.seed, ranks.device),
+               world, LinearVae().to(ranks.device), text)
+
+
+def parents_of(job: Job, run_dir: Path) -> Parents:
+    """Checkpoints a stage starts from. Raises CheckpointError when a parent has none."""
+    stage = job.recipe.stages[job.stage]
+
+    def source(name: str) -> tuple[Path, str] | None:
+        if not name:
+            return None
+        root = run_dir / "stages" / name / "checkpoints"
+        path = latest(root)
+        if path is None:
+            raise CheckpointError(f"stage {job.stage} starts from {name}, but {root} holds no checkpoint")
+        return path, "ema" if job.recipe.stages[name].ema.decay > 0 else "raw"
+
+    return Parents(trained=source(stage.parent), teacher=source(stage.teacher))
+
+
+def train(job: Job, place: Place) -> None:
+    """Run one job to its end, or say that it is done already."""
+    if is_done(job):
+        place.console.say(f"{job.title}: already done, skipped")
+        return
+    started = time.time()
+    run = make_run(job, place)
+    stage: Stage = STAGES[run.recipe.stages[job.stage].kind](job.stage, run, parents_of(job, place.run_dir))
+    saver = Saver(job.directory / "checkpoints", job.recipe.checkpoint, digest(job.recipe), place.ranks.rank,
+                  place.console)
+    saver.resume(stage)
+    sinks = Sinks.of_stage(place.ranks.rank, job.directory)
+    Loop(saver, Watch(place.console, sinks), place.stop).run(stage, job.title)
+    sinks.close()
+    if place.ranks.rank == 0:
+        mark_done(job, {"cycles": stage.cycle, "seconds": time.time() - started})
+
+
+def is_done(job: Job) -> bool:
+    """Whether a job ran all the cycles that the recipe asks for; a recipe with more cycles goes on."""
+    marker = job.directory / "DONE"
+    return marker.exists() and json.loads(marker.read_text())["cycles"] >= job.recipe.stages[job.stage].cycles
+
+
+def mark_done(job: Job, summary: dict[str, Any]) -> None:
+    """Write the marker; a job interrupted before this resumes at its last checkpoint."""
+    beside = job.directory / "DONE.new"
+    beside.write_text(json.dumps(summary))
+    beside.replace(job.directory / "DONE")
+
+
+def run_pipeline(resolved: Resolved, place: Place) -> None:
+    """Train every job of the recipe, then measure and report."""
+    from mirai_dist.cycle.study import report
+
+    for job in jobs(resolved, place.run_dir):
+        torch.distributed.barrier()  # rank 0 may still be writing the last job's marker
+        train(job, place)
+    torch.distributed.barrier()
+    report(resolved, place)

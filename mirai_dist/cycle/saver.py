@@ -1,0 +1,57 @@
+"""When and where a stage's checkpoints are written, found and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mirai_dist.config import schema
+from mirai_dist.cycle.stages import Stage
+from mirai_dist.observe.console import Console
+from mirai_dist.state import checkpoint, commit
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Committed checkpoints of one stage under `root`."""
+
+    root: Path
+    settings: schema.Checkpoint
+    digest: str
+    rank: int
+    console: Console
+
+    def due(self, stage: Stage) -> bool:
+        """Whether the cycle that just ended is one to save after."""
+        return stage.cycle % self.settings.every_cycles == 0 or stage.cycle == stage.stage.cycles
+
+    def save(self, stage: Stage) -> None:
+        """Commit the whole state; older checkpoints beyond `checkpoint.keep` go once it is verified."""
+        with stage.ledger.phase("checkpoint"):
+            path = self.root / commit.directory_name(stage.cycle, stage.position)
+            passport = {"recipe": self.digest, "stage": stage.name, "kind": stage.stage.kind, "cycle": stage.cycle,
+                        "position": stage.position, "roles": list(stage.roles)}
+            checkpoint.save(path, stage.state(), passport)
+            if self.rank == 0:
+                commit.retain(self.root, self.settings.keep, verified=path)
+
+    def resume(self, stage: Stage) -> bool:
+        """Load the newest complete checkpoint; False when nothing was ever saved.
+
+        Raises CheckpointError when there are only torn ones, or it belongs to another kind of stage.
+        """
+        path = commit.latest(self.root)
+        if path is None:
+            return False
+        described = checkpoint.describe(path)
+        if described.passport["kind"] != stage.stage.kind:
+            raise commit.CheckpointError(f"{path} holds a stage of kind {described.passport['kind']}, "
+                                         f"{stage.name} is of kind {stage.stage.kind}: use another run directory")
+        stage.prepare_to_load(described.extras)
+        state = stage.state()
+        mine = set(stage.own_samples())
+        wanted = {cache: [s for s in held if s in mine] for cache, held in described.samples.items()}
+        checkpoint.load(path, state, wanted, stage.run.draws.device)
+        stage.after_load(state.samples)
+        self.console.say(f"{stage.name}: resumed at cycle {stage.cycle} position {stage.position} from {path.name}")
+        return True

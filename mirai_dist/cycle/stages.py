@@ -1,0 +1,300 @@
+"""The stages of the pipeline. All run in the same loop (cycle.py): a stage has positions, and state to save.
+
+A stage of a teacher or of the few-step start has one position a cycle, one update. The dmd stage has one position
+for the generator update and one for each critic update; a checkpoint may fall between any two.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mirai_dist.config import schema
+from mirai_dist.config.rules import accumulation
+from mirai_dist.cycle import phases
+from mirai_dist.cycle.roles import Builder, Role, Training, kv_cache, rollout_settings
+from mirai_dist.data.world import World
+from mirai_dist.method.foresight import PRESETS, captured_blocks
+from mirai_dist.method.replay import ReplayCache
+from mirai_dist.models.text import TextEncoder
+from mirai_dist.models.vae import LinearVae
+from mirai_dist.models.wan import KVCache
+from mirai_dist.observe.ledger import Ledger
+from mirai_dist.observe.metrics import Metrics
+from mirai_dist.parallel.engine_fsdp import FsdpEngine
+from mirai_dist.state.checkpoint import TrainState, describe, load_network
+from mirai_dist.state.cursor import BatchLayout, Cursor, samples_of_rank
+from mirai_dist.state.draws import Draws
+
+
+class Moment(NamedTuple):
+    """Where in a run a draw is made: cycle and position in it."""
+
+    cycle: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share: recipe, ranks, engine, keyed randomness, the world and its encoders."""
+
+    recipe: schema.Recipe
+    ranks: int
+    rank: int
+    engine: FsdpEngine
+    draws: Draws
+    world: World
+    vae: LinearVae
+    text: TextEncoder
+
+    @property
+    def negative(self) -> Tensor:
+        """Embedding [1, length, dim] of the negative prompt, on the device."""
+        return self.text.negative().to(self.draws.device)
+
+    def encode(self, numbers: Sequence[int], samples: Sequence[int]) -> Tensor:
+        """Prompt embeddings [len(samples), length, dim] of world entries numbers[sample], on the device."""
+        return self.text.encode(self.world.captions([numbers[s] for s in samples])).to(self.draws.device)
+
+    def clean_latents(self, numbers: Sequence[int], samples: Sequence[int]) -> Tensor:
+        """Encoded clips [len(samples), F, C, H, W] of world entries numbers[sample], on the device."""
+        clips = self.world.clips([numbers[s] for s in samples]).to(self.draws.device)
+        return self.vae.encode(clips)
+
+
+@dataclass(frozen=True)
+class Parents:
+    """Checkpoints a stage starts from, with which weights of theirs: raw, or the moving average where one is kept."""
+
+    trained: tuple[Path, str] | None = None
+    teacher: tuple[Path, str] | None = None
+
+
+class Stage(ABC):
+    """One stage: named roles, positions of a cycle, sample streams, and what a checkpoint must hold."""
+
+    positions: tuple[str, ...] = ("update",)
+
+    def __init__(self, name: str, run: Run) -> None:
+        self.name, self.run, self.recipe = name, run, run.recipe
+        self.stage = run.recipe.stages[name]
+        self.layout = BatchLayout(run.ranks, run.rank, self.stage.batch.micro_size,
+                                  accumulation(self.stage.batch, run.ranks))
+        self.cursors: dict[str, Cursor] = {}
+        self.metrics = Metrics(run.draws.device)
+        self.ledger = Ledger()
+        self.cycle, self.position = 0, 0
+
+    @property
+    @abstractmethod
+    def roles(self) -> dict[str, Role]:
+        """Trained roles, by name: what a checkpoint holds."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Run the update at the present cycle and position."""
+
+    def purpose(self, what: str) -> str:
+        """Name of a draw. It holds the stage, not the arm: arms of a study share their draws."""
+        return f"{self.name}/{what}"
+
+    def normal(self, what: str, at: Moment, samples: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Noise [len(samples), *shape] keyed by this stage, moment and global sample."""
+        return self.run.draws.normal(self.purpose(what), *at, samples, shape)
+
+    def take(self, stream: str) -> tuple[list[list[int]], list[int]]:
+        """The next global batch of a stream: (this rank's offsets a micro-batch, world entry of every offset)."""
+        if stream not in self.cursors:
+            self.cursors[stream] = Cursor(self.run.draws.seed, self.purpose(stream), size=None)
+        cursor = self.cursors[stream]
+        numbers = [cursor.index(n) for n in cursor.take(self.layout.global_size)]
+        return samples_of_rank(0, self.layout), numbers
+
+    def own_samples(self) -> list[int]:
+        """Offsets in the global batch that this rank runs."""
+        return [sample for micro_batch in samples_of_rank(0, self.layout) for sample in micro_batch]
+
+    def advance(self) -> None:
+        """Go to the next position, or to the first one of the next cycle."""
+        self.position += 1
+        if self.position == len(self.positions):
+            self.cycle, self.position = self.cycle + 1, 0
+
+    def state(self) -> TrainState:
+        """Everything the stage is: what a checkpoint holds and a load fills."""
+        roles = self.roles
+        return TrainState(
+            networks={name: role.network for name, role in roles.items()},
+            optimizers={name: (role.network, role.optimizer) for name, role in roles.items() if role.optimizer},
+            averages={name: role.average for name, role in roles.items() if role.average},
+            extras={
+                "cycle": self.cycle, "position": self.position, "seed": self.run.draws.seed,
+                "cursors": {stream: cursor.consumed for stream, cursor in self.cursors.items()},
+                "updates": {name: role.updates for name, role in roles.items()},
+            },
+            samples=self.saved_samples(),
+        )
+
+    def prepare_to_load(self, extras: dict[str, Any]) -> None:
+        """Take over counters, so that the averages the checkpoint holds exist before tensors are loaded."""
+        self.cycle, self.position = extras["cycle"], extras["position"]
+        for stream, consumed in extras["cursors"].items():
+            self.cursors[stream] = Cursor(self.run.draws.seed, self.purpose(stream), size=None)
+            self.cursors[stream].consumed = consumed
+        for name, role in self.roles.items():
+            role.updates = extras["updates"][name]
+            role.average_if_due()
+
+    def saved_samples(self) -> dict[str, dict[int, Tensor]]:
+        """Per-sample tensors a checkpoint must hold (the replay cache)."""
+        return {}
+
+    def after_load(self, samples: dict[str, dict[int, Tensor]]) -> None:
+        """Take per-sample tensors back and refresh what is derived from weights."""
+
+
+class FlowStage(Stage):
+    """Flow matching of a teacher: kind bidirectional or teacher_forcing."""
+
+    def __init__(self, name: str, run: Run, parents: Parents) -> None:
+        super().__init__(name, run)
+        builder = Builder(self.recipe, run.engine, run.draws)
+        bidirectional = self.stage.kind == "bidirectional"
+        role = "teacher" if bidirectional else "generator"
+        network = self.recipe.teacher if bidirectional else self.recipe.generator
+        self.trained = builder.wan(role, network, Training(self.stage.optimizer, self.stage.cycles, self.stage.ema))
+        start_from(self.trained, parents.trained)
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {self.trained.name: self.trained}
+
+    def step(self) -> None:
+        phases.flow_update(self, Moment(self.cycle, self.position))
+
+
+class ConsistencyStage(Stage):
+    """Causal consistency distillation of the AR teacher into the few-step start of the generator.
+
+    The target network's weights are the student's moving average, so the checkpoint holds them once.
+    """
+
+    def __init__(self, name: str, run: Run, parents: Parents) -> None:
+        super().__init__(name, run)
+        builder = Builder(self.recipe, run.engine, run.draws)
+        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
+        self.trained = builder.wan("generator", self.recipe.generator, training)
+        self.teacher = builder.wan("ar_teacher", self.recipe.generator, None)
+        self.target = builder.wan("target", self.recipe.generator, None)
+        for role in (self.trained, self.teacher):
+            start_from(role, parents.trained)
+        self.refresh_target()
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {"generator": self.trained}
+
+    def step(self) -> None:
+        phases.consistency_update(self, Moment(self.cycle, self.position))
+
+    def refresh_target(self) -> None:
+        """Copy the moving average into the target network, shard by shard."""
+        assert self.trained.average is not None
+        self.trained.average.copy_to(self.target.network)
+        self.run.engine.release(self.target.network)
+
+    def after_load(self, samples: dict[str, dict[int, Tensor]]) -> None:
+        self.refresh_target()
+
+
+class DmdStage(Stage):
+    """Asymmetric DMD with foresight: five roles, of which teacher and encoder are one set of weights."""
+
+    def __init__(self, name: str, run: Run, parents: Parents) -> None:
+        super().__init__(name, run)
+        recipe, builder = self.recipe, Builder(self.recipe, run.engine, run.draws)
+        updates = self.stage.cycles
+        self.positions = ("generator", *("critic",) * recipe.dmd.critic_updates)
+        self.arithmetic = PRESETS[recipe.foresight.preset]
+        self.rollout = rollout_settings(recipe)
+        critic_training = Training(recipe.dmd.critic_optimizer, updates * recipe.dmd.critic_updates)
+        self.generator = builder.wan("generator", recipe.generator,
+                                     Training(self.stage.optimizer, updates, self.stage.ema))
+        self.critic = builder.wan("critic", recipe.critic, critic_training)
+        self.teacher = builder.wan("teacher", recipe.teacher, None)
+        start_from(self.generator, parents.trained)
+        for role in (self.critic, self.teacher):
+            start_from(role, parents.teacher, role_in_file="teacher")
+        self.predictor: Role | None = None
+        if recipe.foresight.weight > 0:
+            training = Training(recipe.foresight.optimizer, updates * (1 + recipe.dmd.critic_updates))
+            self.predictor = builder.predictor(self.arithmetic.gated_predictor, self.arithmetic.bf16_predictor, training)
+        depth = recipe.foresight.depth
+        self.generator_blocks = captured_blocks(recipe.generator.blocks, depth, self.arithmetic) if self.predictor else 0
+        self.encoder_blocks = captured_blocks(recipe.teacher.blocks, depth, self.arithmetic)
+        self.replay = ReplayCache(run.draws.device)
+        self._caches: dict[int, KVCache] = {}
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        trained = {"generator": self.generator, "critic": self.critic}
+        return trained | ({"predictor": self.predictor} if self.predictor else {})
+
+    def step(self) -> None:
+        at = Moment(self.cycle, self.position)
+        if self.position == 0:
+            phases.generator_update(self, at)
+            return
+        phases.critic_update(self, at)
+        if self.predictor is not None and (self.position > 1 or self.arithmetic.replay_after_generator):
+            phases.replay_update(self)
+
+    def exit_step(self, at: Moment, samples: Sequence[int]) -> int:
+        """Exit step of a micro-batch: one draw for each of `exit_groups` blocks of the global batch.
+
+        All ranks run the same micro-batch of a group, so they run the same number of passes.
+        """
+        group = samples[0] * self.recipe.rollout.exit_groups // self.layout.global_size
+        return self.run.draws.integer(self.purpose("exit"), *at, group, len(self.rollout.timesteps))
+
+    def cache(self, batch: int) -> KVCache:
+        """The KV cache for this batch size; allocated once and reused by every rollout."""
+        if batch not in self._caches:
+            frames = self.recipe.video.latent_frames
+            self._caches[batch] = kv_cache(self.recipe, batch, frames, self.run.draws.device)
+        return self._caches[batch]
+
+    def saved_samples(self) -> dict[str, dict[int, Tensor]]:
+        return {"replay_states": self.replay.states, "replay_targets": self.replay.targets}
+
+    def after_load(self, samples: dict[str, dict[int, Tensor]]) -> None:
+        self.replay.states = dict(samples["replay_states"])
+        self.replay.targets = dict(samples["replay_targets"])
+
+
+STAGES: dict[str, type[FlowStage] | type[ConsistencyStage] | type[DmdStage]] = {
+    "bidirectional": FlowStage,
+    "teacher_forcing": FlowStage,
+    "consistency": ConsistencyStage,
+    "dmd": DmdStage,
+}
+
+
+def start_from(role: Role, source: tuple[Path, str] | None, role_in_file: str = "") -> None:
+    """Load a role's first weights from a parent stage's checkpoint, and let its average start there."""
+    if source is not None:
+        path, which = source
+        load_network(path, role_in_file or _role_in(path, role), role.network, which)
+        role.engine.release(role.network)
+    role.average_if_due()
+
+
+def _role_in(path: Path, role: Role) -> str:
+    """A causal network starts from the parent's generator, or from a bidirectional teacher of the same shape."""
+    stored = describe(path).networks
+    return "generator" if "generator" in stored else stored[0]

@@ -1,0 +1,1 @@
+"""What the stages train on: the procedural video world and its prompts."""

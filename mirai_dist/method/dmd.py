@@ -1,0 +1,66 @@
+"""Distribution matching distillation: the generator's loss (DMD2 / Self-Forcing; spec 3.5)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mirai_dist.method.flow import add_noise, clean_from_velocity, shifted
+
+
+class Velocity(Protocol):
+    """A bidirectional score network: velocity of a noisy video [B, F, C, H, W] at timesteps [B], given text."""
+
+    def __call__(self, latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor: ...
+
+
+class Conditioning(NamedTuple):
+    """Prompt embeddings [B, length, text_dim] and the negative prompt's [1 or B, length, text_dim]."""
+
+    text: Tensor
+    negative: Tensor
+
+
+def score_timestep(draw: int, shift: float, lowest: float, highest: float) -> float:
+    """Timestep of an integer draw in 0..999: shifted as the schedule is, then clamped (spec 3.5 step 1)."""
+    return min(max(shifted(draw / 1000.0, shift), lowest), highest)
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """conditional + guidance (conditional - unconditional): CFG weight guidance + 1."""
+    return conditional + guidance * (conditional - unconditional)
+
+
+@torch.no_grad()
+def score_difference(
+    latents: Tensor, noisy: Tensor, timesteps: Tensor, prompts: Conditioning,
+    scores: tuple[Velocity, Velocity], guidance: float,
+) -> Tensor:
+    """The normalised DMD gradient g [B, F, C, H, W], at least float32.
+
+    g = (fake - real) / mean|x - real|, the mean over one sample; fake and real are the critic's and the guided
+    teacher's x0 of the noised rollout. `scores` is (teacher, critic). Non-finite values are not masked.
+    """
+    teacher, critic = scores
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    fake = clean_from_velocity(noisy, critic(noisy, timesteps, prompts.text), timesteps).to(dtype)
+    both = torch.cat((prompts.text, prompts.negative.expand_as(prompts.text)))
+    velocity = teacher(noisy.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), both)
+    conditional, unconditional = clean_from_velocity(
+        noisy.repeat(2, 1, 1, 1, 1), velocity, timesteps.repeat(2)).to(dtype).chunk(2)
+    real = guided(conditional, unconditional, guidance)
+    scale = (latents.to(dtype) - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return (fake - real) / scale
+
+
+def dmd_loss(latents: Tensor, gradient: Tensor) -> Tensor:
+    """0.5 mean (x - stopgrad(x - g))^2, so that the derivative by x is g / numel."""
+    x = latents.to(gradient.dtype)
+    return 0.5 * (x - (x - gradient).detach()).square().mean()
+
+
+def noised(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """The rollout noised for scoring, without graph."""
+    return add_noise(latents.detach(), noise, timesteps)

@@ -1,0 +1,166 @@
+"""Self-forcing rollout: segment after segment, a few denoising steps each, with a cache of finished segments.
+
+    for each segment:  x = noise
+        for step < exit:  x0 = G(x, t); x = renoise(x0)       no gradient
+        exit step:        x0 = G(x, t_exit)                    the only pass that may carry gradient
+        context pass:     G(x0, t = context) -> keys, values   no gradient; what later segments attend to
+
+Denoising passes read the cache and return their keys and values without writing them: only the context pass's
+are kept. So recomputation in backward repeats no write, in whatever order backward visits the segments.
+(Self-Forcing section 3; spec 3.4 and its "order hazard".)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mirai_dist.method.flow import add_noise, clean_from_velocity
+
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+class SegmentOutput(Protocol):
+    """What a causal network returns for one segment."""
+
+    @property
+    def velocity(self) -> Tensor | None: ...
+    @property
+    def hidden(self) -> Tensor | None: ...
+    @property
+    def keys_values(self) -> Any: ...
+    @property
+    def text_keys_values(self) -> Any: ...
+
+
+class Past(NamedTuple):
+    """What a segment attends to beside itself: keys and values a block, cached text keys and values, its place."""
+
+    keys_values: KeysValues
+    text_keys_values: KeysValues | None
+    first_frame: int
+
+
+class SegmentNetwork(Protocol):
+    """The causal generator: one segment [B, frames, C, H, W] at timesteps [B], given text and past."""
+
+    def __call__(self, latent: Tensor, timesteps: Tensor, text: Tensor, past: Past, capture: int) -> SegmentOutput: ...
+
+
+class Cache(Protocol):
+    """Where context passes leave their keys and values (mirai_dist.models.wan.KVCache)."""
+
+    def reset(self) -> None: ...
+    def view(self) -> KeysValues: ...
+    def write(self, keys_values: KeysValues) -> None: ...
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Constants of a rollout: warped timesteps (descending), segment length, the context pass's timestep.
+
+    leaky: gradient of later segments reaches earlier exit passes through their cached keys and values
+    (value of the context pass, gradient of the exit pass), as the public releases do; default cut.
+    """
+
+    timesteps: tuple[float, ...]
+    frames_per_segment: int
+    context_timestep: float = 0.0
+    leaky: bool = False
+
+
+class Segment(NamedTuple):
+    """One finished segment: latents [B, frames, C, H, W] and, if captured, the exit pass's state [B, S, dim]."""
+
+    latents: Tensor
+    state: Tensor | None
+
+
+class RolloutInputs(NamedTuple):
+    """noise [steps + 1, B, F, C, H, W]: index 0 starts, j > 0 re-noises before step j, the last one is for the
+    context pass. text [B, length, text_dim]. exit_step: index of the last denoising step. capture: blocks after
+    which the exit pass's residual stream is returned; 0 for none."""
+
+    noise: Tensor
+    text: Tensor
+    exit_step: int
+    capture: int = 0
+
+
+def segments(
+    generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, cache: Cache
+) -> Iterator[Segment]:
+    """Generate a video segment by segment; the caller's grad mode decides whether exit passes carry gradient."""
+    frames, total = settings.frames_per_segment, inputs.noise.shape[2]
+    cache.reset()
+    text_keys_values: KeysValues | None = None
+    leaked: list[KeysValues] = []
+    for first in range(0, total, frames):
+        noise = inputs.noise[:, :, first : first + frames]
+        past = Past(_concatenate(leaked) if leaked else cache.view(), text_keys_values, first)
+        noisy = noise[0]
+        with torch.no_grad():
+            for step in range(inputs.exit_step):
+                output = generator(noisy, _at(settings.timesteps[step], noisy), inputs.text, past, 0)
+                clean = _clean(output, noisy, settings.timesteps[step])
+                past = past._replace(text_keys_values=output.text_keys_values)
+                noisy = add_noise(clean, noise[step + 1], _at(settings.timesteps[step + 1], noisy))
+        exit_timestep = settings.timesteps[inputs.exit_step]
+        # the text's keys and values carry gradient in a gradient pass, so that pass computes its own
+        text_cache = None if torch.is_grad_enabled() else past.text_keys_values
+        output = generator(noisy, _at(exit_timestep, noisy), inputs.text,
+                           past._replace(text_keys_values=text_cache), inputs.capture)
+        clean = _clean(output, noisy, exit_timestep)
+        yield Segment(clean, output.hidden)
+        if first + frames < total:  # nobody reads the last segment's cache
+            context, text_keys_values = _context_pass(generator, settings, inputs, past, clean.detach())
+            cache.write(context)
+            if settings.leaky and torch.is_grad_enabled():
+                leaked.append(_straight_through(context, output.keys_values))
+
+
+def rollout(
+    generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, cache: Cache
+) -> tuple[Tensor, list[Tensor]]:
+    """A whole rollout: latents [B, F, C, H, W] and the captured states, [B, S, dim] a segment."""
+    finished = list(segments(generator, settings, inputs, cache))
+    return torch.cat([s.latents for s in finished], dim=1), [s.state for s in finished if s.state is not None]
+
+
+@torch.no_grad()
+def _context_pass(
+    generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, past: Past, clean: Tensor
+) -> tuple[KeysValues, KeysValues]:
+    noise = inputs.noise[-1][:, past.first_frame : past.first_frame + clean.shape[1]]
+    timesteps = _at(settings.context_timestep, clean)
+    past = past._replace(keys_values=tuple((k.detach(), v.detach()) for k, v in past.keys_values))
+    output = generator(add_noise(clean, noise, timesteps), timesteps, inputs.text, past, 0)
+    return output.keys_values, output.text_keys_values
+
+
+def _clean(output: SegmentOutput, noisy: Tensor, timestep: float) -> Tensor:
+    assert output.velocity is not None
+    return clean_from_velocity(noisy, output.velocity, _at(timestep, noisy))
+
+
+def _at(timestep: float, latent: Tensor) -> Tensor:
+    dtype = torch.promote_types(latent.dtype, torch.float32)
+    return torch.full((latent.shape[0],), timestep, device=latent.device, dtype=dtype)
+
+
+def _straight_through(value: KeysValues, gradient: KeysValues) -> KeysValues:
+    pairs = zip(value, gradient, strict=True)
+    return tuple(
+        tuple(g + (v.to(g.dtype) - g).detach() for v, g in zip(vs, gs, strict=True)) for vs, gs in pairs  # type: ignore
+    )
+
+
+def _concatenate(parts: list[KeysValues]) -> KeysValues:
+    return tuple(
+        (torch.cat([p[b][0] for p in parts], dim=1), torch.cat([p[b][1] for p in parts], dim=1))
+        for b in range(len(parts[0]))
+    )

@@ -1,0 +1,1 @@
+"""Networks as plain `nn.Module`s: no process group, no recipe object, no sharding."""

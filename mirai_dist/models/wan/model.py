@@ -1,0 +1,311 @@
+"""Wan2.1's DiT with official parameter names, for bidirectional and causal use.
+
+One forward serves the teacher, the critic, the foresight encoder (early exit), the teacher-forced AR teacher
+and the cached causal generator; what differs is what a token may see. Order of operations follows Wan2.1
+(blocks: self-attention, cross-attention, feed-forward; six modulation vectors a block and frame).
+
+Precision: activations have the dtype of the (gathered) parameters; RMSNorm, rotary positions and the timestep
+sinusoid are computed in at least float32. Inputs are cast here, explicitly, because FSDP casts them in forward
+but not on recomputation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mirai_dist.attention.patterns import Full, Pattern, SegmentCausal, TeacherForced
+from mirai_dist.models.wan.kv_cache import KeysValues
+from mirai_dist.models.wan.rope import rotary_table, rotate
+
+PATCH = (1, 2, 2)
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class WanShape:
+    """Sizes that fix every parameter of the network."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    blocks: int
+    text_dim: int = 4096
+    channels: int = 16
+    freq_dim: int = 256
+
+
+class History(NamedTuple):
+    """What a causal pass reads beside its own segment.
+
+    keys_values: rotated keys and values of earlier segments, a pair a block; None at the first segment.
+    text_keys_values: cross-attention keys and values of an earlier pass; None computes them from the text.
+    first_frame: absolute latent frame at which this segment starts.
+    """
+
+    keys_values: KeysValues | None = None
+    text_keys_values: KeysValues | None = None
+    first_frame: int = 0
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Read the residual stream after this many blocks (0: never); `stop` ends the forward there."""
+
+    after: int = 0
+    stop: bool = False
+
+
+class WanOutput(NamedTuple):
+    """velocity [B, F, C, H, W] (None after an early exit); hidden [B, tokens, dim] if captured; the rest if a
+    history was given: this segment's own keys and values, and the text's, for the caller to keep."""
+
+    velocity: Tensor | None
+    hidden: Tensor | None
+    keys_values: KeysValues | None
+    text_keys_values: KeysValues | None
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm over the full width, all heads together, computed in at least float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension without affine parameters."""
+    return functional.layer_norm(x, (x.shape[-1],), eps=EPS)
+
+
+class Attention(nn.Module):
+    """Projections shared by self- and cross-attention; state-dict names q, k, v, o, norm_q, norm_k."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RmsNorm(dim)
+        self.norm_k = RmsNorm(dim)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1))
+        return keys, self.v(x).unflatten(-1, (self.heads, -1))
+
+    def output(self, attended: Tensor) -> Tensor:
+        return self.o(attended.flatten(-2))
+
+
+class BlockInputs(NamedTuple):
+    """What every block of one pass shares."""
+
+    modulation: Tensor  # [B, frames or 1, 6, dim]
+    rotary: tuple[Tensor, Tensor]
+    pattern: Pattern
+    text: Tensor  # [B, text positions, dim], embedded
+
+
+class WanBlock(nn.Module):
+    """One transformer block. Pure: it returns its keys and values and writes nothing, so it may be recomputed."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, shape.dim) / shape.dim**0.5)
+        self.self_attn = Attention(shape.dim, shape.heads)
+        self.norm3 = nn.LayerNorm(shape.dim, eps=EPS)
+        self.cross_attn = Attention(shape.dim, shape.heads)
+        self.ffn = nn.Sequential(
+            nn.Linear(shape.dim, shape.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn_dim, shape.dim)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        inputs: BlockInputs,
+        past: tuple[Tensor, Tensor] | None = None,
+        text_keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """x [B, N, dim] -> (x, own (keys, values), text (keys, values)); `past` keys are prepended to the own."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + inputs.modulation).unbind(dim=2)
+        normed = modulate(layer_norm(x), shift_a, scale_a)
+        keys, values = self.self_attn.keys_values(normed)
+        queries, keys = rotate(self.self_attn.queries(normed), inputs.rotary), rotate(keys, inputs.rotary)
+        seen = (keys, values) if past is None else (torch.cat((past[0], keys), 1), torch.cat((past[1], values), 1))
+        x = x + per_frame(self.self_attn.output(inputs.pattern(queries, *seen)), gate_a)
+        if text_keys_values is None:
+            text_keys_values = self.cross_attn.keys_values(inputs.text)
+        attended = Full()(self.cross_attn.queries(self.norm3(x)), *text_keys_values)
+        x = x + self.cross_attn.output(attended)
+        x = x + per_frame(self.ffn(modulate(layer_norm(x), shift_f, scale_f)), gate_f)
+        return x, (keys, values), text_keys_values
+
+
+def per_frame(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply tokens [B, N, dim] by a factor [B, frames, dim] of the frame they belong to."""
+    return (x.unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(2)).flatten(1, 2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with one shift and scale [B, frames, dim] a frame."""
+    framed = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+class Head(nn.Module):
+    """Final modulated projection to patch values; state-dict names modulation and head."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
+        self.head = nn.Linear(shape.dim, math.prod(PATCH) * shape.channels)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time.unsqueeze(2)).unbind(dim=2)
+        return self.head(modulate(layer_norm(x), shift, scale))
+
+
+def timestep_sinusoid(timesteps: Tensor, width: int) -> Tensor:
+    """Sinusoid [..., width] of timesteps in 0..1000 units: all cosines, then all sines, in float64."""
+    half = width // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
+    angles = timesteps.to(torch.float64).unsqueeze(-1) * frequency
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class WanModel(nn.Module):
+    """The DiT. Predicts velocity v = noise - x0."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.shape = shape
+        dim = shape.dim
+        self.patch_embedding = nn.Conv3d(shape.channels, dim, kernel_size=PATCH, stride=PATCH)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(shape.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(shape) for _ in range(shape.blocks))
+        self.head = Head(shape)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        *,
+        clean: Tensor | None = None,
+        segment_frames: int = 0,
+        history: History | None = None,
+        capture: Capture = Capture(),
+    ) -> WanOutput:
+        """Velocity of a latent video.
+
+        latent: [B, F, C, H, W]. timesteps: [B], or [B, F] for causal use; units 0..1000, may be fractional.
+        text: [B, length, text_dim], zeros past the prompt; every position is attended (Wan has no text mask).
+        clean: clean latents [B, F, C, H, W] for teacher forcing: the sequence becomes [clean at t=0 | latent].
+        segment_frames: 0 is bidirectional; else tokens see their own segment and earlier ones.
+        history: cached causal use; the sequence is one segment that sees itself and all of the history.
+        """
+        tokens, grid = self._embed_patches(latent)
+        dtype = tokens.dtype
+        first_frame = history.first_frame if history else 0
+        wide = torch.promote_types(dtype, torch.float32)
+        rotary = rotary_table(grid, first_frame, self.shape.dim // self.shape.heads, latent.device, wide)
+        segment_tokens = segment_frames * grid[1] * grid[2]
+        pattern: Pattern = SegmentCausal(segment_tokens) if segment_frames else Full()
+        timesteps = timesteps if timesteps.ndim == 2 else timesteps.unsqueeze(1)
+        noisy_time = time = self._embed_time(timesteps, dtype)
+        if clean is not None:
+            tokens = torch.cat((self._embed_patches(clean)[0], tokens), dim=1)
+            rotary = (rotary[0].repeat(2, 1), rotary[1].repeat(2, 1))
+            pattern = TeacherForced(segment_tokens)
+            noisy_time = time.expand(-1, grid[0], -1)
+            time = torch.cat((self._embed_time(torch.zeros_like(timesteps), dtype).expand_as(noisy_time), noisy_time), 1)
+        text_cached = history is not None and history.text_keys_values is not None
+        inputs = BlockInputs(
+            self.time_projection(time).unflatten(-1, (6, -1)), rotary, pattern,
+            text.to(dtype) if text_cached else self.text_embedding(text.to(dtype)),
+        )
+        tokens, hidden, own, text_kv = self._run_blocks(tokens, inputs, history, capture)
+        if clean is not None:
+            tokens = tokens.chunk(2, dim=1)[1]
+            hidden = None if hidden is None else hidden.chunk(2, dim=1)[1]
+        velocity = None if capture.stop else self._unpatchify(self.head(tokens, noisy_time), grid)
+        return WanOutput(velocity, hidden, own, text_kv)
+
+    def _run_blocks(
+        self, x: Tensor, inputs: BlockInputs, history: History | None, capture: Capture
+    ) -> tuple[Tensor, Tensor | None, KeysValues | None, KeysValues | None]:
+        hidden = None
+        own, text = [], []
+        for index, block in enumerate(self.blocks):
+            past = history.keys_values[index] if history and history.keys_values else None
+            cached_text = history.text_keys_values[index] if history and history.text_keys_values else None
+            x, keys_values, text_keys_values = block(x, inputs, past, cached_text)
+            if history is not None:
+                own.append(keys_values)
+                text.append(text_keys_values)
+            if index + 1 == capture.after:
+                hidden = x
+                if capture.stop:
+                    break
+        if history is None:
+            return x, hidden, None, None
+        return x, hidden, tuple(own), tuple(text)
+
+    def _embed_patches(self, latent: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """Tokens [B, N, dim], frame-major, and their grid; the strided convolution as one matrix product."""
+        weight = self.patch_embedding.weight
+        rows, columns = latent.shape[-2] // PATCH[1], latent.shape[-1] // PATCH[2]
+        patches = latent.to(weight.dtype).unflatten(-1, (columns, PATCH[2])).unflatten(-3, (rows, PATCH[1]))
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, F*h*w, C*p*q]
+        return functional.linear(patches, weight.flatten(1), self.patch_embedding.bias), (latent.shape[1], rows, columns)
+
+    def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.time_embedding(timestep_sinusoid(timesteps, self.shape.freq_dim).to(dtype))
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, N, p*q*channels] (channel fastest) -> [B, F, C, H, W]."""
+        frames, rows, columns = grid
+        x = patches.unflatten(-1, (PATCH[1], PATCH[2], self.shape.channels)).unflatten(1, (frames, rows, columns))
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Fill one parameter [full shape] in place by its official name.
+
+    Linear weights Xavier-uniform and biases zero as in Wan2.1; the embeddings of text and time keep PyTorch's
+    uniform default, since Wan's std 0.02 delays text conditioning at small widths; the head starts at zero.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    if name == "head.head.weight" or leaf == "bias":
+        parameter.zero_()
+    elif leaf == "modulation":
+        parameter.normal_(generator=generator).div_(parameter.shape[-1] ** 0.5)
+    elif parameter.ndim == 1:  # norm weights
+        parameter.fill_(1.0)
+    elif name.startswith(("text_embedding", "time_embedding")):
+        bound = parameter.shape[1] ** -0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+    else:
+        fan_out, fan_in = parameter.shape[0], parameter[0].numel()
+        bound = (6.0 / (fan_in + fan_out)) ** 0.5
+        parameter.uniform_(-bound, bound, generator=generator)

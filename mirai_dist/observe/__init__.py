@@ -1,0 +1,1 @@
+"""What a run tells its user: phase times, metrics, sinks and the one place that prints."""

@@ -1,0 +1,98 @@
+"""Scalars of a cycle, averaged over time and ranks with one synchronisation for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# The reduced vector has one length on all ranks whatever names a rank holds: ranks that disagree about the
+# names must still meet in the same collective, or the check itself would hang. 256 doubles are 2 kB.
+CAPACITY = 250
+_HASH_PIECES = 2
+_HASH_BITS = 20  # squares stay exact in a float64 sum over 2**13 ranks
+
+
+class Metrics:
+    """Running means of named scalars. Device tensors are added on their device; nothing waits for them.
+
+    device: where the reduced vector lives; the process group must be able to reduce there.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add one observation of `name`: a float, or a tensor of one element (any shape, any dtype)."""
+        if isinstance(value, DTensor):
+            raise TypeError(f"metric {name}: a DTensor is one rank's part; add value.full_tensor()")
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"metric {name}: one element expected, got shape {tuple(value.shape)}")
+            value = value.detach().reshape(()).to(device=self._device, dtype=torch.float64, non_blocking=True)
+        else:
+            value = float(value)
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """Mean over the adds of each rank, then the plain mean over the ranks of `group`; clears the sums.
+
+        group None is the default group, or this process alone when there is none. One all_reduce, one sync.
+        The same names must have been added on every rank; if not, every rank raises ValueError with the
+        difference (ranks decide alike, so none is left waiting). Collective.
+        """
+        names = sorted(self._sums)
+        vector = self._packed(names)
+        self._sums, self._counts = {}, {}
+        ranks = 1
+        if dist.is_available() and dist.is_initialized():
+            ranks = dist.get_world_size(group)
+            dist.all_reduce(vector, group=group)
+        values = vector.tolist()
+        if not _all_equal(values[CAPACITY:], ranks):
+            raise ValueError(_difference(names, group))
+        return {name: value / ranks for name, value in zip(names, values, strict=False)}
+
+    def _packed(self, names: list[str]) -> Tensor:
+        """[CAPACITY + header] float64: the local means, zeros, then (piece, piece squared) of the names' hash."""
+        if len(names) > CAPACITY:
+            raise ValueError(f"{len(names)} metrics in one reduction; at most {CAPACITY}")
+        vector = torch.zeros(CAPACITY + 2 * _HASH_PIECES, dtype=torch.float64, device=self._device)
+        if names:
+            sums = [torch.as_tensor(self._sums[name], dtype=torch.float64, device=self._device) for name in names]
+            counts = torch.tensor([self._counts[name] for name in names], dtype=torch.float64, device=self._device)
+            vector[: len(names)] = torch.stack(sums) / counts
+        header = [float(power) for piece in _name_hash(names) for power in (piece, piece * piece)]
+        vector[CAPACITY:] = torch.tensor(header, dtype=torch.float64, device=self._device)
+        return vector
+
+
+def _name_hash(names: list[str]) -> list[int]:
+    """_HASH_PIECES integers of _HASH_BITS bits that stand for the number of names and the names themselves."""
+    text = "\n".join([str(len(names)), *names])
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+    return [(digest >> (_HASH_BITS * index)) % (1 << _HASH_BITS) for index in range(_HASH_PIECES)]
+
+
+def _all_equal(header: list[float], ranks: int) -> bool:
+    """Whether all ranks put the same numbers in: n * sum(x^2) == (sum x)^2 exactly when all x are equal."""
+    totals, squares = header[0::2], header[1::2]
+    return all(ranks * int(square) == int(total) ** 2 for total, square in zip(totals, squares, strict=True))
+
+
+def _difference(names: list[str], group: dist.ProcessGroup | None) -> str:
+    """What the ranks disagree about. Collective; only reached when all ranks saw the same mismatch."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, names, group=group)
+    lines = []
+    for name in sorted(set().union(*everyone)):
+        missing = [rank for rank, held in enumerate(everyone) if name not in held]
+        if missing:
+            lines.append(f"{name} is missing on ranks {', '.join(map(str, missing))}")
+    return "ranks hold different metrics: " + "; ".join(lines)

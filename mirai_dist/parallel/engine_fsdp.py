@@ -1,0 +1,64 @@
+"""The FSDP2 engine: build a sharded network, accumulate gradients, take one checked and clipped optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from mirai_dist.parallel.apply import apply
+from mirai_dist.parallel.materialize import GeneratorOf, Initialise, materialize
+from mirai_dist.plan.shards import ShardPlan
+
+
+class NonFiniteError(RuntimeError):
+    """A gradient is infinite or NaN; raised on every rank before the optimizer moves. Never requeued."""
+
+    exit_code = 20
+
+
+@dataclass(frozen=True)
+class FsdpEngine:
+    """Builds and steps networks sharded over one mesh."""
+
+    mesh: DeviceMesh
+    device: torch.device
+
+    def build(self, network: nn.Module, plan: ShardPlan, initialise: Initialise, generator_of: GeneratorOf) -> nn.Module:
+        """Shard a meta-device network by its plan and fill it; frozen plans hold compute-dtype parameters."""
+        network.to(getattr(torch, plan.storage_dtype))
+        apply(network, plan, self.mesh)
+        materialize(network, self.device, initialise, generator_of)
+        return network
+
+    def accumulate(self, network: nn.Module, plan: ShardPlan, last: bool) -> None:
+        """Announce a micro-batch: gradients are reduced over ranks after the last one only, unless planned."""
+        assert isinstance(network, FSDPModule)
+        network.set_requires_gradient_sync(last or plan.sync_every_micro_batch)
+
+    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
+        """Clip by the global norm and step. Returns the norm before clipping, equal on all ranks.
+
+        Raises NonFiniteError, on all ranks alike, before anything moves.
+        """
+        parameters = [p for p in network.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        value = whole.item()
+        if not torch.isfinite(whole):
+            raise NonFiniteError(f"gradient norm is {value}")
+        clip_grads_with_norm_(parameters, clip_norm, whole)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def release(self, network: nn.Module) -> None:
+        """Free gathered parameters, so that a later forward gathers the stepped or loaded ones."""
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

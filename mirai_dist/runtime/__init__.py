@@ -1,0 +1,1 @@
+"""Process start, signals and hard exits of one rank."""

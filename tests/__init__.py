@@ -1,0 +1,1 @@
+"""The test-suite; see README.md beside this file for its layers."""
