@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
     from mirai_dist.config.source import dump
     from mirai_dist.cycle.effective import effective
     from mirai_dist.cycle.pipeline import Place, run_pipeline
+    from mirai_dist.cycle.study import report
     from mirai_dist.observe.console import Console
     from mirai_dist.runtime import bootstrap
     from mirai_dist.runtime.signals import StopRequest
@@ -41,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
     console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
     for line in used.splitlines():
         console.say(f"  {line}")
-    run_pipeline(resolved, Place(ranks, options.run_dir, console, stop))
+    place = Place(ranks, options.run_dir, console, stop)
+    run_pipeline(resolved, place)
+    report(resolved, place)
     console.close()
     bootstrap.stop(ranks)
     return 0

@@ -179,7 +179,8 @@ def _even_latents(recipe: Recipe) -> Iterator[Problem]:
     for name in ("latent_height", "latent_width"):
         size = getattr(recipe.video, name)
         if size % 2:
-            what = f"video.{name} is {size}; patches are 2x2, so use {size - 1 or 2} or {size + 1}"
+            near = " or ".join(str(each) for each in _multiples_around(size, 2))
+            what = f"video.{name} is {size}; patches are 2x2, so use {near}"
             yield Problem((f"video.{name}",), what)
 
 
@@ -275,7 +276,7 @@ def _parent_kind(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((key, f"stages.{name}.kind"), what)
         if stage.kind == "bidirectional" and kind not in ("", "bidirectional"):
             what = f"{key} {stage.parent!r} is of kind {kind}; a bidirectional stage starts from a bidirectional one"
-            yield Problem((key,), what)
+            yield Problem((key, f"stages.{name}.kind"), what)
 
 
 @rule("parent-shape")
@@ -312,7 +313,8 @@ def _dmd_last(recipe: Recipe) -> Iterator[Problem]:
         what = f"stages {', '.join(names)} are all of kind dmd; keep one and make the others arms of study.arms"
         yield Problem((f"stages.{names[1]}.kind",), what)
     elif names and kinds[-1] != "dmd":
-        yield Problem((f"stages.{names[0]}.kind",), f"stage {names[0]} of kind dmd must be the last one; move it down")
+        keys = [f"stages.{names[0]}.kind", f"stages.{[*recipe.stages][-1]}.kind"]
+        yield Problem(tuple(keys), f"stage {names[0]} of kind dmd must be the last one; move it down")
 
 
 # --- batches and schedules -----------------------------------------------------------------------------------

@@ -50,8 +50,9 @@ class World:
 class Text:
     """The frozen text encoder."""
 
-    encoder: str = key("vocabulary", help="vocabulary: fixed embeddings of the world's closed vocabulary",
-                       choices=("vocabulary",))
+    encoder: str = key(
+        "vocabulary", help="vocabulary: fixed embeddings of the world's closed vocabulary", choices=("vocabulary",)
+    )
     dim: int = key(help="width of a text embedding (UMT5-XXL: 4096)")
     length: int = key(help="positions a prompt is padded to with zeros (Wan: 512)")
 
@@ -109,8 +110,11 @@ class Rollout:
 
     steps: list[int] = key(lambda: [1000, 750, 500, 250], help="denoising steps before the shift warps them")
     exit_groups: int = key(1, help="independent exit-step draws a global batch is split into")
-    kv_grad: str = key("detached", help="whether gradient flows into cached keys and values of earlier segments",
-                       choices=("detached", "leaky"))
+    kv_grad: str = key(
+        "detached",
+        help="whether gradient flows into cached keys and values of earlier segments",
+        choices=("detached", "leaky"),
+    )
     context_timestep: float = key(0.0, help="timestep of the context pass; 0 caches the clean segment")
     window_frames: int = key(0, help="latent frames attention may see, the current segment included; 0 is all")
     sink_frames: int = key(0, help="first latent frames that a sliding window never drops")
@@ -132,15 +136,25 @@ class Foresight:
     """Foresight distillation (Video-Mirai section 3)."""
 
     weight: float = key(0.2, help="lambda; 0 is bit-identical to no foresight")
-    preset: str = key("paper", help="paper: depth counts executed blocks, fp32 fusion, plain predictor, replay after "
-                      "every critic update; release: the authors' shipped arithmetic", choices=("paper", "release"))
+    preset: str = key(
+        "paper",
+        help="paper: depth counts executed blocks, fp32 fusion, plain predictor, replay after "
+        "every critic update; release: the authors' shipped arithmetic",
+        choices=("paper", "release"),
+    )
     offsets: list[int] = key(lambda: [0, 1], help="segments ahead whose features are averaged into the target")
     depth: float = key(0.5, help="relative depth of the generator state and of the encoder feature")
     predictor_blocks: int = key(3, help="DiT blocks of the predictor")
-    encoder_attention: str = key("bidirectional", help="what the encoder may see; causal is the control without future",
-                                 choices=("bidirectional", "causal"))
-    targets: str = key("rollout", help="shuffled pairs each state with another sample's target: a control",
-                       choices=("rollout", "shuffled"))
+    encoder_attention: str = key(
+        "bidirectional",
+        help="what the encoder may see; causal is the control without future",
+        choices=("bidirectional", "causal"),
+    )
+    targets: str = key(
+        "rollout",
+        help="shuffled pairs each state with another sample's target: a control",
+        choices=("rollout", "shuffled"),
+    )
     optimizer: Optimizer = key(lambda: Optimizer(lr=2e-6), help="AdamW of the predictor")
 
 
@@ -156,10 +170,14 @@ class Consistency:
 class Stage:
     """One stage of the pipeline; stages run in the order they are written."""
 
-    kind: str = key(help="what is trained: bidirectional teacher, teacher-forced AR teacher, few-step consistency, dmd",
-                    choices=("bidirectional", "teacher_forcing", "consistency", "dmd"))
+    kind: str = key(
+        help="what is trained: bidirectional teacher, teacher-forced AR teacher, few-step consistency, dmd",
+        choices=("bidirectional", "teacher_forcing", "consistency", "dmd"),
+    )
     parent: str = key("", help="stage whose weights the trained network starts from; empty: random weights")
-    teacher: str = key("", help="stage whose bidirectional weights serve as real score, critic start and foresight encoder (kind dmd)")
+    teacher: str = key(
+        "", help="stage whose bidirectional weights serve as real score, critic start and foresight encoder (kind dmd)"
+    )
     cycles: int = key(help="cycles to run: one update, or for dmd one generator and all critic updates")
     batch: Batch = key(help="batch of every update of the stage")
     optimizer: Optimizer = key(help="AdamW of the trained network (kind dmd: the generator)")
@@ -172,13 +190,19 @@ class Parallel:
     """How networks are sharded; read by plan.shards, which planner and run share."""
 
     replicas: int = key(1, help="HSDP replicas; ranks / replicas shard each network")
-    compute_dtype: str = key("bfloat16", help="dtype of gathered parameters and activations; masters and reductions are fp32",
-                             choices=("bfloat16", "float32"))
+    compute_dtype: str = key(
+        "bfloat16",
+        help="dtype of gathered parameters and activations; masters and reductions are fp32",
+        choices=("bfloat16", "float32"),
+    )
     unit: str = key("block", help="what FSDP gathers at a time", choices=("block", "network"))
     reshard_after_forward: bool = key(True, help="free gathered parameters after each forward")
-    recompute: str = key("block", help="block: keep only block inputs for backward; none: keep everything",
-                         choices=("block", "none"))
-    sync_every_micro_batch: bool = key(False, help="reduce gradients after each micro-batch (less memory) or the last one only")
+    recompute: str = key(
+        "block", help="block: keep only block inputs for backward; none: keep everything", choices=("block", "none")
+    )
+    sync_every_micro_batch: bool = key(
+        False, help="reduce gradients after each micro-batch (less memory) or the last one only"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +218,9 @@ class Study:
     """Arms of the DMD stage: the same start, data and draws, each with its own overrides, for each seed."""
 
     seeds: list[int] = key(lambda: [1], help="training seeds; the unit of every comparison")
-    arms: dict[str, list[str]] = key(lambda: {"foresight": []}, help="arm name -> overrides (section.key=value) of this recipe")
+    arms: dict[str, list[str]] = key(
+        lambda: {"foresight": []}, help="arm name -> overrides (section.key=value) of this recipe"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """The loop of every stage: position after position, cycle after cycle, from wherever its state is.
 
-    step        the update at this position (phases.py)
-    record      its losses, averaged over ranks
-    advance     to the next position, or the next cycle
-    save        when due, or when somebody asked to stop
+step        the update at this position (phases.py)
+record      its losses, averaged over ranks
+advance     to the next position, or the next cycle
+save        when due, or when somebody asked to stop
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Loop:
                 stage.advance()
                 if self.stop.agreed():
                     self.saver.save(stage)
-                    raise Stopped(f"stopped by a signal in {title} before cycle {stage.cycle} "
-                                  f"position {stage.position}; run the same command to go on")
+                    raise Stopped(
+                        f"stopped by a signal in {title} before cycle {stage.cycle} "
+                        f"position {stage.position}; run the same command to go on"
+                    )
                 if stage.position == 0 and self.saver.due(stage):
                     self.saver.save(stage)

@@ -33,18 +33,21 @@ CHANGES = {
 }
 
 
-def update(stage: Stage, phase: str, roles: Sequence[Role], batch: Sequence[list[int]],
-           loss_of: Callable[[list[int]], Tensor]) -> None:
+def update(
+    stage: Stage, phase: str, roles: Sequence[Role], batch: Sequence[list[int]], loss_of: Callable[[list[int]], Tensor]
+) -> None:
     """One optimizer update of `roles`: the mean loss over this rank's micro-batches of global sample offsets."""
+    stage.timesteps.clear()
     for index, samples in enumerate(batch):
         for role in roles:
             stage.run.engine.accumulate(role.network, role.plan, last=index == len(batch) - 1)
         loss = loss_of(samples)
         with stage.ledger.phase("backward"):
             (loss / len(batch)).backward()
+    where = f"phase {phase}, cycle {stage.cycle}, position {stage.position}, timesteps {stage.timesteps} on this rank"
     with stage.ledger.phase("optimizer"):
         for role in roles:
-            for name, value in role.step(phase).items():
+            for name, value in role.step(where).items():
                 stage.metrics.add(name, value)
 
 
@@ -111,7 +114,8 @@ def flow_update(stage: FlowStage, at: Moment) -> None:
         with stage.ledger.phase("forward"):
             if stage.stage.kind == "bidirectional":
                 draws = [stage.run.draws.uniform(stage.purpose("timestep"), *at, s) for s in samples]
-                timesteps = torch.tensor([shifted(1.0 - u, recipe.flow.shift) for u in draws], device=clean.device)
+                stage.timesteps += [shifted(1.0 - u, recipe.flow.shift) for u in draws]
+                timesteps = torch.tensor(stage.timesteps[-len(samples) :], device=clean.device)
                 loss = bidirectional_loss(velocity_of(stage.trained.network), clean, noise, timesteps, text)
             else:
                 timesteps = _segment_timesteps(stage, at, samples)
@@ -136,7 +140,8 @@ def consistency_update(stage: ConsistencyStage, at: Moment) -> None:
             clean = stage.run.clean_latents(numbers, samples)
             prompts = Conditioning(stage.run.encode(numbers, samples), stage.run.negative)
             noise = stage.normal("noise", at, samples, clean.shape[1:])
-        draws = [stage.run.draws.integer(stage.purpose("point"), *at, s, settings.points - 1) for s in samples]
+        draws = [stage.run.draws.integer(stage.purpose("point"), *at, s, settings.points) for s in samples]
+        stage.timesteps += [grid[i] for i in draws]
         first, second = (torch.tensor([grid[i + k] for i in draws], device=clean.device) for k in (0, 1))
         frames = clean.shape[1]
         neighbours = Neighbours(first[:, None].expand(-1, frames), second[:, None].expand(-1, frames))
@@ -149,7 +154,9 @@ def consistency_update(stage: ConsistencyStage, at: Moment) -> None:
     stage.refresh_target()
 
 
-def _rollout(stage: DmdStage, at: Moment, samples: list[int], text: Tensor, capture: int) -> tuple[Tensor, list[Tensor]]:
+def _rollout(
+    stage: DmdStage, at: Moment, samples: list[int], text: Tensor, capture: int
+) -> tuple[Tensor, list[Tensor]]:
     steps, video = len(stage.rollout.timesteps), stage.recipe.video
     shape = (steps + 1, video.latent_frames, video.channels, video.latent_height, video.latent_width)
     noise = stage.normal("rollout", at, samples, shape).transpose(0, 1)
@@ -197,6 +204,7 @@ def _score_timesteps(stage: DmdStage, at: Moment, samples: list[int]) -> Tensor:
     dmd, shift = stage.recipe.dmd, stage.recipe.flow.shift
     draws = [stage.run.draws.integer(stage.purpose("score/timestep"), *at, s, 1000) for s in samples]
     values = [score_timestep(u, shift, dmd.min_timestep, dmd.max_timestep) for u in draws]
+    stage.timesteps += values
     return torch.tensor(values, device=stage.run.draws.device)
 
 
@@ -210,12 +218,14 @@ def _segment_timesteps(stage: FlowStage, at: Moment, samples: list[int]) -> Tens
             u = stage.run.draws.uniform(stage.purpose(f"timestep/{segment}"), *at, sample)
             per_segment += [shifted(1.0 - u, stage.recipe.flow.shift)] * video.frames_per_segment
         rows.append(per_segment)
+        stage.timesteps += per_segment[:: video.frames_per_segment]
     return torch.tensor(rows, device=stage.run.draws.device)
 
 
 def _prompts(stage: Stage, at: Moment, numbers: list[int], samples: list[int]) -> Tensor:
     """Text embeddings with a fraction replaced by the negative prompt's, so that guidance has both sides."""
     text = stage.run.encode(numbers, samples)
-    dropped = [stage.run.draws.uniform(stage.purpose("prompt_dropout"), *at, s) < stage.stage.prompt_dropout
-               for s in samples]
+    dropped = [
+        stage.run.draws.uniform(stage.purpose("prompt_dropout"), *at, s) < stage.stage.prompt_dropout for s in samples
+    ]
     return torch.where(torch.tensor(dropped, device=text.device)[:, None, None], stage.run.negative, text)

@@ -1,7 +1,8 @@
 """The whole recipe: its stages in order, the study's arms and seeds, each skipped when already done.
 
     for each stage:  build its networks, start them from the parent, resume, run the loop, mark it done
-    then:            the study's measurements and the report
+
+study.py measures what comes out of it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from mirai_dist.config import Resolved, schema
 from mirai_dist.config.digest import digest
 from mirai_dist.cycle.cycle import Loop
 from mirai_dist.cycle.saver import Saver
-from mirai_dist.cycle.stages import STAGES, Parents, Run, Stage
+from mirai_dist.cycle.stages import STAGES, Parents, Run, Source, Stage
+from mirai_dist.cycle.studio import Studio
 from mirai_dist.cycle.watch import Watch
 from mirai_dist.data.world import World as VideoWorld
+from mirai_dist.evaluate import video_files
 from mirai_dist.models.text import VocabularyEncoder
 from mirai_dist.models.vae import LinearVae
 from mirai_dist.observe.console import Console
@@ -30,8 +34,11 @@ from mirai_dist.parallel.engine_fsdp import FsdpEngine
 from mirai_dist.parallel.mesh import build_mesh
 from mirai_dist.runtime.bootstrap import World
 from mirai_dist.runtime.signals import StopRequest
-from mirai_dist.state.commit import CheckpointError, latest
+from mirai_dist.state.checkpoint import newest
+from mirai_dist.state.commit import CheckpointError
 from mirai_dist.state.draws import Draws
+
+SHOWN = 6  # videos of the grid that ends a stage
 
 
 @dataclass(frozen=True)
@@ -76,19 +83,27 @@ def make_run(job: Job, place: Place) -> Run:
     mesh = build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type)
     world = VideoWorld(recipe.world, recipe.video, recipe.seed)
     text = VocabularyEncoder(world.vocabulary(), recipe.text.dim, recipe.text.length)
-    return Run(recipe, ranks.world_size, ranks.rank, FsdpEngine(mesh, ranks.device), Draws(job.seed, ranks.device),
-               world, LinearVae().to(ranks.device), text)
+    return Run(
+        recipe,
+        ranks.world_size,
+        ranks.rank,
+        FsdpEngine(mesh, ranks.device),
+        Draws(job.seed, ranks.device),
+        world,
+        LinearVae().to(ranks.device),
+        text,
+    )
 
 
 def parents_of(job: Job, run_dir: Path) -> Parents:
     """Checkpoints a stage starts from. Raises CheckpointError when a parent has none."""
     stage = job.recipe.stages[job.stage]
 
-    def source(name: str) -> tuple[Path, str] | None:
+    def source(name: str) -> Source | None:
         if not name:
             return None
         root = run_dir / "stages" / name / "checkpoints"
-        path = latest(root)
+        path = newest(root)
         if path is None:
             raise CheckpointError(f"stage {job.stage} starts from {name}, but {root} holds no checkpoint")
         return path, "ema" if job.recipe.stages[name].ema.decay > 0 else "raw"
@@ -104,14 +119,31 @@ def train(job: Job, place: Place) -> None:
     started = time.time()
     run = make_run(job, place)
     stage: Stage = STAGES[run.recipe.stages[job.stage].kind](job.stage, run, parents_of(job, place.run_dir))
-    saver = Saver(job.directory / "checkpoints", job.recipe.checkpoint, digest(job.recipe), place.ranks.rank,
-                  place.console)
+    saver = Saver(
+        job.directory / "checkpoints", job.recipe.checkpoint, digest(job.recipe), place.ranks.rank, place.console
+    )
     saver.resume(stage)
     sinks = Sinks.of_stage(place.ranks.rank, job.directory)
+    sinks.text("effective", f"```\n{(place.run_dir / 'effective.yaml').read_text()}```", stage.cycle)
     Loop(saver, Watch(place.console, sinks), place.stop).run(stage, job.title)
+    show(stage, job, sinks)
     sinks.close()
     if place.ranks.rank == 0:
         mark_done(job, {"cycles": stage.cycle, "seconds": time.time() - started})
+
+
+def show(stage: Stage, job: Job, sinks: Sinks) -> None:
+    """A grid of samples of what the stage has trained: below its directory and in TensorBoard."""
+    role = next(iter(stage.roles.values()))
+    studio = Studio(stage.run, SHOWN)
+    sample = studio.teacher_samples if stage.stage.kind == "bidirectional" else studio.generator_samples
+    with role.average.swapped(role.network) if role.average else nullcontext():
+        pixels = sample(role)
+    stage.run.engine.release(role.network)
+    if stage.run.rank == 0:
+        frames = video_files.grid(pixels, columns=SHOWN // 2)
+        video_files.write_mp4(job.directory / "samples" / f"cycle-{stage.cycle:06d}.mp4", frames, job.recipe.video.fps)
+        sinks.video("samples", video_files.gif_bytes(frames, job.recipe.video.fps), stage.cycle)
 
 
 def is_done(job: Job) -> bool:
@@ -128,11 +160,8 @@ def mark_done(job: Job, summary: dict[str, Any]) -> None:
 
 
 def run_pipeline(resolved: Resolved, place: Place) -> None:
-    """Train every job of the recipe, then measure and report."""
-    from mirai_dist.cycle.study import report
-
+    """Train every job of the recipe that is not done yet."""
     for job in jobs(resolved, place.run_dir):
         torch.distributed.barrier()  # rank 0 may still be writing the last job's marker
         train(job, place)
     torch.distributed.barrier()
-    report(resolved, place)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mirai_dist.config import schema
 from mirai_dist.method.dmd import Velocity
-from mirai_dist.method.rollout import Past, RolloutSettings, SegmentNetwork
 from mirai_dist.method.flow import warped_steps
+from mirai_dist.method.rollout import Past, RolloutSettings, SegmentNetwork
 from mirai_dist.method.teacher_forcing import TeacherForcedNetwork
 from mirai_dist.models import predictor as predictor_model
 from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput, WanShape
@@ -49,8 +49,11 @@ class Role:
             return
         settings = training.optimizer
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=settings.lr, betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay, fused=True,
+            network.parameters(),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
 
     def average_if_due(self) -> None:
@@ -59,10 +62,10 @@ class Role:
         if ema and ema.decay > 0 and self.average is None and self.updates >= ema.start_update:
             self.average = Ema(self.network, ema.decay)
 
-    def step(self, phase: str) -> dict[str, float]:
+    def step(self, where: str) -> dict[str, float]:
         """One optimizer step at this network's own learning rate; returns what is worth logging.
 
-        Raises NonFiniteError naming this network and the phase, before the optimizer moves.
+        Raises NonFiniteError naming this network and `where` it happened, before the optimizer moves.
         """
         assert self.optimizer is not None and self.training is not None
         settings = self.training.optimizer
@@ -72,8 +75,10 @@ class Role:
         try:
             norm = self.engine.step(self.network, self.optimizer, settings.clip_norm)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{self.name}: {error} in phase {phase} at its update {self.updates}; "
-                                 "nothing was stepped, resume from the last checkpoint") from error
+            raise NonFiniteError(
+                f"{self.name}: {error} at its update {self.updates}, {where}; "
+                "it was not stepped; look at the data and rates, then resume"
+            ) from error
         self.updates += 1
         if self.average is not None:
             self.average.update()
@@ -113,15 +118,23 @@ class Builder:
                 generator.dim, teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated
             )
         plan = predictor_plan(self.recipe.parallel, bf16_masters)
-        self.engine.build(model, plan, predictor_model.initialise,
-                          lambda key: self.draws.for_parameter(f"predictor.{key}"))
+        self.engine.build(
+            model, plan, predictor_model.initialise, lambda key: self.draws.for_parameter(f"predictor.{key}")
+        )
         return Role("predictor", model, plan, self.engine, training)
 
 
 def wan_shape(network: schema.Network, recipe: schema.Recipe) -> WanShape:
     """Sizes of a recipe's network for `WanModel`."""
-    return WanShape(network.dim, network.ffn_dim, network.heads, network.blocks, recipe.text.dim,
-                    recipe.video.channels, network.freq_dim)
+    return WanShape(
+        network.dim,
+        network.ffn_dim,
+        network.heads,
+        network.blocks,
+        recipe.text.dim,
+        recipe.video.channels,
+        network.freq_dim,
+    )
 
 
 def rollout_settings(recipe: schema.Recipe) -> RolloutSettings:
@@ -144,40 +157,56 @@ def kv_cache(recipe: schema.Recipe, batch: int, frames: int, device: torch.devic
     past = rollout.window_frames - segment if rollout.window_frames else 0
     held = min(past, frames - segment) if past and streaming else frames - segment
     tokens = (recipe.video.latent_height // PATCH[1]) * (recipe.video.latent_width // PATCH[2])
-    shape = CacheShape(network.blocks, batch, max(held, segment), tokens, network.heads,
-                       network.dim // network.heads, rollout.sink_frames, past)
+    shape = CacheShape(
+        network.blocks,
+        batch,
+        max(held, segment),
+        tokens,
+        network.heads,
+        network.dim // network.heads,
+        rollout.sink_frames,
+        past,
+    )
     return KVCache(shape, device, getattr(torch, recipe.parallel.compute_dtype))
 
 
 def velocity_of(network: nn.Module) -> Velocity:
     """A network as a bidirectional score."""
+
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         return _velocity(network(latent, timesteps, text))
+
     return velocity
 
 
 def teacher_forced(network: nn.Module, segment_frames: int) -> TeacherForcedNetwork:
     """A network as an AR model that sees clean earlier segments."""
+
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor:
         return _velocity(network(latent, timesteps, text, clean=clean, segment_frames=segment_frames))
+
     return velocity
 
 
 def causal(network: nn.Module) -> SegmentNetwork:
     """A network as the cached causal generator of a rollout."""
+
     def segment(latent: Tensor, timesteps: Tensor, text: Tensor, past: Past, capture: int) -> WanOutput:
         return network(latent, timesteps, text, history=History(*past), capture=Capture(capture))
+
     return segment
 
 
 def features_of(network: nn.Module, blocks: int, segment_frames: int) -> Callable[[Tensor, Tensor], Tensor]:
     """A network as foresight encoder: finished rollout and text -> residual stream [B, N, D] after `blocks` blocks,
     at timestep 0, with early exit. segment_frames > 0 hides the future (the causal control)."""
+
     @torch.no_grad()
     def encode(latents: Tensor, text: Tensor) -> Tensor:
         zero = torch.zeros(latents.shape[0], device=latents.device)
         output = network(latents, zero, text, segment_frames=segment_frames, capture=Capture(blocks, stop=True))
         return output.hidden
+
     return encode
 
 

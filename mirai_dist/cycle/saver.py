@@ -29,8 +29,14 @@ class Saver:
         """Commit the whole state; older checkpoints beyond `checkpoint.keep` go once it is verified."""
         with stage.ledger.phase("checkpoint"):
             path = self.root / commit.directory_name(stage.cycle, stage.position)
-            passport = {"recipe": self.digest, "stage": stage.name, "kind": stage.stage.kind, "cycle": stage.cycle,
-                        "position": stage.position, "roles": list(stage.roles)}
+            passport = {
+                "recipe": self.digest,
+                "stage": stage.name,
+                "kind": stage.stage.kind,
+                "cycle": stage.cycle,
+                "position": stage.position,
+                "roles": list(stage.roles),
+            }
             checkpoint.save(path, stage.state(), passport)
             if self.rank == 0:
                 commit.retain(self.root, self.settings.keep, verified=path)
@@ -40,13 +46,15 @@ class Saver:
 
         Raises CheckpointError when there are only torn ones, or it belongs to another kind of stage.
         """
-        path = commit.latest(self.root)
+        path = checkpoint.newest(self.root)
         if path is None:
             return False
         described = checkpoint.describe(path)
         if described.passport["kind"] != stage.stage.kind:
-            raise commit.CheckpointError(f"{path} holds a stage of kind {described.passport['kind']}, "
-                                         f"{stage.name} is of kind {stage.stage.kind}: use another run directory")
+            raise commit.CheckpointError(
+                f"{path} holds a stage of kind {described.passport['kind']}, "
+                f"{stage.name} is of kind {stage.stage.kind}: use another run directory"
+            )
         stage.prepare_to_load(described.extras)
         state = stage.state()
         mine = set(stage.own_samples())

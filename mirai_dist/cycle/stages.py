@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ from mirai_dist.parallel.engine_fsdp import FsdpEngine
 from mirai_dist.state.checkpoint import TrainState, describe, load_network
 from mirai_dist.state.cursor import BatchLayout, Cursor, samples_of_rank
 from mirai_dist.state.draws import Draws
+
+Source = tuple[Path, Literal["raw", "ema"]]  # a checkpoint, and which weights of it
 
 
 class Moment(NamedTuple):
@@ -71,8 +73,8 @@ class Run:
 class Parents:
     """Checkpoints a stage starts from, with which weights of theirs: raw, or the moving average where one is kept."""
 
-    trained: tuple[Path, str] | None = None
-    teacher: tuple[Path, str] | None = None
+    trained: Source | None = None
+    teacher: Source | None = None
 
 
 class Stage(ABC):
@@ -83,12 +85,14 @@ class Stage(ABC):
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.run, self.recipe = name, run, run.recipe
         self.stage = run.recipe.stages[name]
-        self.layout = BatchLayout(run.ranks, run.rank, self.stage.batch.micro_size,
-                                  accumulation(self.stage.batch, run.ranks))
+        self.layout = BatchLayout(
+            run.ranks, run.rank, self.stage.batch.micro_size, accumulation(self.stage.batch, run.ranks)
+        )
         self.cursors: dict[str, Cursor] = {}
         self.metrics = Metrics(run.draws.device)
         self.ledger = Ledger()
         self.cycle, self.position = 0, 0
+        self.timesteps: list[float] = []  # drawn by the present update: an error names them
 
     @property
     @abstractmethod
@@ -133,7 +137,9 @@ class Stage(ABC):
             optimizers={name: (role.network, role.optimizer) for name, role in roles.items() if role.optimizer},
             averages={name: role.average for name, role in roles.items() if role.average},
             extras={
-                "cycle": self.cycle, "position": self.position, "seed": self.run.draws.seed,
+                "cycle": self.cycle,
+                "position": self.position,
+                "seed": self.run.draws.seed,
                 "cursors": {stream: cursor.consumed for stream, cursor in self.cursors.items()},
                 "updates": {name: role.updates for name, role in roles.items()},
             },
@@ -155,7 +161,8 @@ class Stage(ABC):
         return {}
 
     def after_load(self, samples: dict[str, dict[int, Tensor]]) -> None:
-        """Take per-sample tensors back and refresh what is derived from weights."""
+        """Take per-sample tensors back and refresh what is derived from weights; most stages have neither."""
+        assert not samples, f"{self.name} keeps no per-sample tensors"
 
 
 class FlowStage(Stage):
@@ -223,8 +230,9 @@ class DmdStage(Stage):
         self.arithmetic = PRESETS[recipe.foresight.preset]
         self.rollout = rollout_settings(recipe)
         critic_training = Training(recipe.dmd.critic_optimizer, updates * recipe.dmd.critic_updates)
-        self.generator = builder.wan("generator", recipe.generator,
-                                     Training(self.stage.optimizer, updates, self.stage.ema))
+        self.generator = builder.wan(
+            "generator", recipe.generator, Training(self.stage.optimizer, updates, self.stage.ema)
+        )
         self.critic = builder.wan("critic", recipe.critic, critic_training)
         self.teacher = builder.wan("teacher", recipe.teacher, None)
         start_from(self.generator, parents.trained)
@@ -233,9 +241,13 @@ class DmdStage(Stage):
         self.predictor: Role | None = None
         if recipe.foresight.weight > 0:
             training = Training(recipe.foresight.optimizer, updates * (1 + recipe.dmd.critic_updates))
-            self.predictor = builder.predictor(self.arithmetic.gated_predictor, self.arithmetic.bf16_predictor, training)
+            self.predictor = builder.predictor(
+                self.arithmetic.gated_predictor, self.arithmetic.bf16_predictor, training
+            )
         depth = recipe.foresight.depth
-        self.generator_blocks = captured_blocks(recipe.generator.blocks, depth, self.arithmetic) if self.predictor else 0
+        self.generator_blocks = (
+            captured_blocks(recipe.generator.blocks, depth, self.arithmetic) if self.predictor else 0
+        )
         self.encoder_blocks = captured_blocks(recipe.teacher.blocks, depth, self.arithmetic)
         self.replay = ReplayCache(run.draws.device)
         self._caches: dict[int, KVCache] = {}
@@ -285,7 +297,7 @@ STAGES: dict[str, type[FlowStage] | type[ConsistencyStage] | type[DmdStage]] = {
 }
 
 
-def start_from(role: Role, source: tuple[Path, str] | None, role_in_file: str = "") -> None:
+def start_from(role: Role, source: Source | None, role_in_file: str = "") -> None:
     """Load a role's first weights from a parent stage's checkpoint, and let its average start there."""
     if source is not None:
         path, which = source

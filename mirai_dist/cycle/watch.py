@@ -34,8 +34,14 @@ class Watch:
     def record(self, stage: Stage) -> None:
         """Average the position's metrics over ranks and write them; at the end of a cycle also its phase times."""
         values = stage.metrics.reduce()
-        record = {"stage": stage.name, "cycle": stage.cycle, "position": stage.position,
-                  "phase": stage.positions[stage.position], "time": time.time(), **values}
+        record = {
+            "stage": stage.name,
+            "cycle": stage.cycle,
+            "position": stage.position,
+            "phase": stage.positions[stage.position],
+            "time": time.time(),
+            **values,
+        }
         self._shown |= {name: values[name] for name in SHOWN if name in values}
         if stage.position == len(stage.positions) - 1:
             seconds = stage.ledger.close_cycle()

@@ -136,11 +136,12 @@ class World:
         room = size[None, :] - 2 * radius[:, None]  # [B, 2]: how far a centre can go on each axis
         unit = UNIT[direction]
         moves = unit.abs()
-        # Along the motion, measured from the wall the shape comes from.
-        free = room - self._travel if self.world.level == "free" else room
-        along = self._uniform(index, _ALONG)[:, None] * free
+        # Along the motion, measured from the wall the shape comes from. At level `free` starts vary as much across
+        # the motion as along it, around the middle: with the whole width, what is learned in minutes is positions.
+        travel = self._travel if self.world.level == "free" else 0.0
+        along = self._uniform(index, _ALONG)[:, None] * (room - travel)
         along = torch.where(unit < 0, room - along, along)
-        across = self._uniform(index, _ACROSS)[:, None] * room
+        across = travel / 2 + self._uniform(index, _ACROSS)[:, None] * (room - travel)
         start = torch.where(moves > 0, along, across)
         frames = pixel_frames(self.video.latent_frames if latent_frames is None else latent_frames)
         centres = radius[:, None, None] + walk(start, unit, self.world.speed, room, frames)

@@ -1,8 +1,9 @@
 """The future-readout probe: what a frozen mid-depth state says about frames 0, 1, 2 ... segments ahead.
 
 A small decoder reads one token's state at a time and predicts the 16 x 16 pixels at that token's own place, in
-the last picture of the latent frame k segments later of the *same* rollout (Video-Mirai section 4.4). Decoders
-have equal budgets, seeds and batches for every network; no predictor is involved.
+the last picture of the latent frame k segments later of the *same* clip (Video-Mirai section 4.4). Decoders have
+equal budgets, seeds and batches for every network; no predictor is involved. All networks read the same clips of
+the world, so that what they are asked for does not depend on what they would have generated.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ WIDTH, RATE, BATCH = 256, 2e-3, 512
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """Rollouts of one generator: exit-pass states [N, segments, S, dim] and decoded pixels [N, T, 3, H, W]."""
+class Readings:
+    """What one network reads: states [N, segments, S, dim] of noisy segments given clean history, and the clips'
+    pixels [N, T, 3, H, W]."""
 
     states: Tensor
     pixels: Tensor
@@ -36,16 +38,16 @@ def token_pictures(pixels: Tensor) -> Tensor:
     return tiles.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
 
 
-def pairs(rollouts: Rollouts, video: schema.Video, ahead: int) -> tuple[Tensor, Tensor]:
+def pairs(readings: Readings, video: schema.Video, ahead: int) -> tuple[Tensor, Tensor]:
     """(states [N, I, S, dim], pictures [N, I, S, pixels]) of all segments that have one `ahead` segments later."""
     segments = video.latent_frames // video.frames_per_segment
-    pictures = token_pictures(rollouts.pixels).unflatten(1, (segments, -1)).flatten(2, 3)
-    return rollouts.states[:, : segments - ahead], pictures[:, ahead:]
+    pictures = token_pictures(readings.pixels).unflatten(1, (segments, -1)).flatten(2, 3)
+    return readings.states[:, : segments - ahead], pictures[:, ahead:]
 
 
-def readout_psnr(rollouts: Rollouts, video: schema.Video, ahead: int, updates: int, seed: int) -> float:
+def readout_psnr(readings: Readings, video: schema.Video, ahead: int, updates: int, seed: int) -> float:
     """Held-out PSNR in dB (peak to peak 2) of a decoder trained for `updates` on the other clips."""
-    states, pictures = pairs(rollouts, video, ahead)
+    states, pictures = pairs(readings, video, ahead)
     held_out = round(HELD_OUT * states.shape[0])
     train_x, train_y = states[held_out:].flatten(0, 2).float(), pictures[held_out:].flatten(0, 2)
     mean, std = train_x.mean(0), train_x.std(0).clamp_min(1e-6)
@@ -55,10 +57,10 @@ def readout_psnr(rollouts: Rollouts, video: schema.Video, ahead: int, updates: i
     return psnr(predicted, pictures[:held_out])
 
 
-def copy_current_psnr(rollouts: Rollouts, video: schema.Video, ahead: int) -> float:
+def copy_current_psnr(pixels: Tensor, video: schema.Video, ahead: int) -> float:
     """PSNR of answering with the present picture: what a state without any idea of motion could do at best."""
     segments = video.latent_frames // video.frames_per_segment
-    pictures = token_pictures(rollouts.pixels).unflatten(1, (segments, -1)).flatten(2, 3)
+    pictures = token_pictures(pixels).unflatten(1, (segments, -1)).flatten(2, 3)
     held_out = round(HELD_OUT * pictures.shape[0])
     return psnr(pictures[:held_out, : segments - ahead], pictures[:held_out, ahead:])
 
@@ -72,8 +74,13 @@ def psnr(predicted: Tensor, truth: Tensor) -> float:
 def _fit(inputs: Tensor, outputs: Tensor, updates: int, seed: int) -> nn.Module:
     """A three-layer MLP trained by AdamW with a cosine rate; weights and batches depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    layers = (nn.Linear(inputs.shape[1], WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(),
-              nn.Linear(WIDTH, outputs.shape[1]))
+    layers = (
+        nn.Linear(inputs.shape[1], WIDTH),
+        nn.GELU(),
+        nn.Linear(WIDTH, WIDTH),
+        nn.GELU(),
+        nn.Linear(WIDTH, outputs.shape[1]),
+    )
     decoder = nn.Sequential(*layers)
     with torch.no_grad():
         for parameter in decoder.parameters():

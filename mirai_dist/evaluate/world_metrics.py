@@ -8,7 +8,7 @@ length: after the training length the expected path bounces off the walls, as th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ from mirai_dist.models.vae import LinearVae
 FAINT = 0.25  # coverage below this is background: ringing of the VAE and mild noise
 CLIPPED = 0.99  # a value this close to -1 or 1 counts as clipped; no colour of the world is
 OBEYED = 0.25  # share of the real displacement from which a direction counts as taken
+SAME_PATH = 0.5  # mean distance, pixels, up to which two paths count as equal
 SIZES = tuple(0.7 + 0.1 * i for i in range(7))  # tried radii, relative to the recipe's
-MARGIN = 4.0  # pixels around the largest shape that still count as the object: the VAE rings that far
+RINGING = 4.0  # pixels around the largest shape that hold its decoded picture, ringing of the VAE included
+FRINGE = 1.5  # pixels around it that still hold its foreground
 # What real clips show of each deviation too, with and without the VAE: no fault, so not counted in the score.
 FREE_IDENTITY, FREE_ROUGHNESS, FREE_JUMP, FREE_SHARPNESS = 0.08, 0.12, 0.1, 0.35
 
@@ -43,15 +45,12 @@ class _Track:
     """The object found in B clips of T frames."""
 
     foreground: Tensor  # [B, T, H, W] coverage, 0 where faint
-    window: Tensor  # [B, T, H, W] in [0, 1]: the neighbourhood of the object
-    mass: Tensor  # [B, T] pixels covered inside the window
+    mass: Tensor  # [B, T] pixels covered in the neighbourhood of the object
     colour: Tensor  # [B, T, 3] contrast of the object to the background, its mean scaled to 1
     states: States  # best explanation; centres are the box centres of the recognised shape
 
 
-def measure(
-    videos: Tensor, captions: Sequence[str], video: schema.Video, world: schema.World
-) -> dict[str, Tensor]:
+def measure(videos: Tensor, captions: Sequence[str], video: schema.Video, world: schema.World) -> dict[str, Tensor]:
     """Metrics [B] float32 of pixel videos [B, T, 3, H, W] in [-1, 1] with their captions.
 
     colour, shape, direction: 1 where the caption is obeyed. displacement: progress along the caption's path relative
@@ -108,7 +107,8 @@ def _find(videos: Tensor, world: schema.World) -> _Track:
     excess = videos - BACKGROUND  # [B, T, 3, H, W]
     bright = excess.mean(2)  # [B, T, H, W]
     foreground = torch.where(bright > FAINT * contrast.mean(), bright, 0.0)
-    window = _window(_centre(foreground), world, bright.shape[-2:])
+    largest = world.radius + world.radius_jitter
+    window = _window(_centre(foreground), largest + RINGING, bright.shape[-2:])
     # Inside the window nothing is thresholded: block means and first moments, and with them mass and centre,
     # survive the linear VAE, while a threshold would turn its ringing into jitter.
     inside = bright * window
@@ -120,7 +120,6 @@ def _find(videos: Tensor, world: schema.World) -> _Track:
     states = States(_box(centre, shape, radius), colour, shape, torch.zeros_like(shape), radius)
     return _Track(
         foreground=foreground / full[:, None, None, None],
-        window=window,
         mass=inside.sum(dim=(2, 3)) / full[:, None],
         colour=hue / hue.mean(-1, keepdim=True).clamp_min(1e-3),
         states=states,
@@ -138,10 +137,10 @@ def _centre(weight: Tensor) -> Tensor:
     return torch.where(total > 1, torch.minimum(centre.clamp_min(0), size), size / 2)
 
 
-def _window(centre: Tensor, world: schema.World, size: tuple[int, ...]) -> Tensor:
-    """[B, T, H, W] soft square around `centre` that holds the largest shape and MARGIN."""
+def _window(centre: Tensor, half_extent: float, size: tuple[int, ...]) -> Tensor:
+    """[B, T, H, W] in [0, 1]: a soft square around `centre`."""
     square = torch.full((len(centre),), SHAPES.index("square"))
-    half = torch.full((len(centre),), world.radius + world.radius_jitter + MARGIN, dtype=torch.float64)
+    half = torch.full((len(centre),), half_extent, dtype=torch.float64)
     return coverage(States(centre, square, square, square, half), size[0], size[1])
 
 
@@ -187,7 +186,9 @@ def _valley(errors: Tensor) -> Tensor:
 
 def _presence(track: _Track, world: schema.World) -> Tensor:
     """[B] mean over frames of (share of the foreground in one window) * (foreground there / least area, at most 1)."""
-    inside = (track.foreground * track.window).sum(dim=(2, 3))
+    size = track.foreground.shape[-2:]
+    window = _window(track.states.centres, world.radius + world.radius_jitter + FRINGE, size)
+    inside = (track.foreground * window).sum(dim=(2, 3))
     # Half the area of the smallest shape, a triangle: the size may be wrong, but something must be there.
     least = (world.radius - world.radius_jitter) ** 2
     share = inside / track.foreground.sum(dim=(2, 3)).clamp_min(1e-6)
@@ -220,7 +221,8 @@ def _path(track: _Track, direction: Tensor, video: schema.Video, world: schema.W
     boundaries = (opens % video.frames_per_segment == 0)[1:]
     jump = off.norm(dim=-1)[:, boundaries]
     return {
-        "direction": (error.argmin(0) == direction) & (progress >= OBEYED),
+        # A start at the wall it runs into makes two directions the same path: both are right.
+        "direction": (error[direction, torch.arange(len(path))] <= error.amin(0) + SAME_PATH) & (progress >= OBEYED),
         "displacement": progress,
         "motion": steps.norm(dim=-1).sum(1) / real_steps.norm(dim=-1).sum(1),
         "smoothness": (1 - bend).clamp(0, 1),

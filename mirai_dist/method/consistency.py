@@ -33,7 +33,8 @@ def consistency_loss(
     """Mean squared distance between the student's x0 at t and the target's x0 one teacher step later.
 
     The teacher's step is guided as unconditional + guidance (conditional - unconditional). The boundary
-    condition holds by parametrisation: at t = 0, x0 is the input.
+    condition holds by parametrisation: at t = 0, x0 is the input. The last interval of the grid, which ends at
+    t = 0, is drawn like the others: it anchors the target to the data (the public code leaves it out).
     """
     noisy = add_noise(clean, noise, at.timesteps)
     with torch.no_grad():

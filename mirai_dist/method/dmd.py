@@ -35,8 +35,12 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
 
 @torch.no_grad()
 def score_difference(
-    latents: Tensor, noisy: Tensor, timesteps: Tensor, prompts: Conditioning,
-    scores: tuple[Velocity, Velocity], guidance: float,
+    latents: Tensor,
+    noisy: Tensor,
+    timesteps: Tensor,
+    prompts: Conditioning,
+    scores: tuple[Velocity, Velocity],
+    guidance: float,
 ) -> Tensor:
     """The normalised DMD gradient g [B, F, C, H, W], at least float32.
 
@@ -48,8 +52,9 @@ def score_difference(
     fake = clean_from_velocity(noisy, critic(noisy, timesteps, prompts.text), timesteps).to(dtype)
     both = torch.cat((prompts.text, prompts.negative.expand_as(prompts.text)))
     velocity = teacher(noisy.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), both)
-    conditional, unconditional = clean_from_velocity(
-        noisy.repeat(2, 1, 1, 1, 1), velocity, timesteps.repeat(2)).to(dtype).chunk(2)
+    conditional, unconditional = (
+        clean_from_velocity(noisy.repeat(2, 1, 1, 1, 1), velocity, timesteps.repeat(2)).to(dtype).chunk(2)
+    )
     real = guided(conditional, unconditional, guidance)
     scale = (latents.to(dtype) - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     return (fake - real) / scale

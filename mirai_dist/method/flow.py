@@ -67,5 +67,3 @@ def flow_matching_loss(velocity: Tensor, clean: Tensor, noise: Tensor, weight: T
     if weight is not None:
         error = error * weight.to(dtype).reshape(*weight.shape, *(1,) * (2 - weight.ndim))
     return error.mean()
-
-

@@ -56,6 +56,7 @@ class Cache(Protocol):
 
     def reset(self) -> None: ...
     def view(self) -> KeysValues: ...
+    def visible_frames(self) -> list[int]: ...
     def write(self, keys_values: KeysValues) -> None: ...
 
 
@@ -101,7 +102,7 @@ def segments(
     leaked: list[KeysValues] = []
     for first in range(0, total, frames):
         noise = inputs.noise[:, :, first : first + frames]
-        past = Past(_concatenate(leaked) if leaked else cache.view(), text_keys_values, first)
+        past = Past(_joined(leaked, cache.visible_frames(), frames) if leaked else cache.view(), text_keys_values, first)
         noisy = noise[0]
         with torch.no_grad():
             for step in range(inputs.exit_step):
@@ -112,8 +113,9 @@ def segments(
         exit_timestep = settings.timesteps[inputs.exit_step]
         # the text's keys and values carry gradient in a gradient pass, so that pass computes its own
         text_cache = None if torch.is_grad_enabled() else past.text_keys_values
-        output = generator(noisy, _at(exit_timestep, noisy), inputs.text,
-                           past._replace(text_keys_values=text_cache), inputs.capture)
+        output = generator(
+            noisy, _at(exit_timestep, noisy), inputs.text, past._replace(text_keys_values=text_cache), inputs.capture
+        )
         clean = _clean(output, noisy, exit_timestep)
         yield Segment(clean, output.hidden)
         if first + frames < total:  # nobody reads the last segment's cache
@@ -153,14 +155,18 @@ def _at(timestep: float, latent: Tensor) -> Tensor:
 
 
 def _straight_through(value: KeysValues, gradient: KeysValues) -> KeysValues:
-    pairs = zip(value, gradient, strict=True)
+    """Exactly the values of the one, with the graph of the other."""
     return tuple(
-        tuple(g + (v.to(g.dtype) - g).detach() for v, g in zip(vs, gs, strict=True)) for vs, gs in pairs  # type: ignore
+        (k.to(graph_k.dtype) + (graph_k - graph_k.detach()), v.to(graph_v.dtype) + (graph_v - graph_v.detach()))
+        for (k, v), (graph_k, graph_v) in zip(value, gradient, strict=True)
     )
 
 
-def _concatenate(parts: list[KeysValues]) -> KeysValues:
-    return tuple(
-        (torch.cat([p[b][0] for p in parts], dim=1), torch.cat([p[b][1] for p in parts], dim=1))
-        for b in range(len(parts[0]))
-    )
+def _joined(segments: list[KeysValues], frames: list[int], per_segment: int) -> KeysValues:
+    """Keys and values of the given absolute frames, out of those of all segments so far."""
+
+    def part(block: int, which: int) -> Tensor:
+        framed = [segments[f // per_segment][block][which].unflatten(1, (per_segment, -1)) for f in frames]
+        return torch.cat([each[:, f % per_segment] for f, each in zip(frames, framed, strict=True)], dim=1)
+
+    return tuple((part(block, 0), part(block, 1)) for block in range(len(segments[0])))

@@ -67,7 +67,8 @@ class LinearVae(nn.Module):
         batch, frames, colours, height, width = pixels.shape
         if frames % GROUP != 1 or colours != 3 or height % STRIDE or width % STRIDE:
             raise ValueError(
-                f"cannot encode pixels of shape {tuple(pixels.shape)}: need [B, 1 + 4 k, 3, H, W], H and W multiples of 8"
+                f"cannot encode pixels of shape {tuple(pixels.shape)}: "
+                "need [B, 1 + 4 k, 3, H, W] with H and W multiples of 8"
             )
         whole = torch.cat([pixels[:, :1].expand(-1, GROUP, -1, -1, -1), pixels[:, 1:]], dim=1).float()
         blocks = whole.reshape(

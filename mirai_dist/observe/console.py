@@ -204,12 +204,11 @@ class PlainBar(Bar):
         self._refresh()
 
     def _refresh(self) -> None:
-        late = self._clock() - self._last_time >= SECONDS_BETWEEN_LINES
-        if late or self._pace.done >= self._pace.total:
+        if self._clock() - self._last_time >= SECONDS_BETWEEN_LINES:
             self._write()
 
     def finish(self) -> None:
-        # A stage may end early (a stop signal): its last cycle is shown all the same.
+        # The last cycle is always shown, also of a stage that a stop signal ended early.
         if self._last_cycle not in (-1, self._pace.done):
             self._write()
 

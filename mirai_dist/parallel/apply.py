@@ -1,7 +1,7 @@
 """Apply a shard plan to a network. Order: recomputation inside, then the units from the inside out.
 
-    recompute(network)                 replaces the forward of each block
-    fully_shard(unit) for each unit    blocks first, the root last, so the root owns what is left
+recompute(network)                 replaces the forward of each block
+fully_shard(unit) for each unit    blocks first, the root last, so the root owns what is left
 """
 
 from __future__ import annotations

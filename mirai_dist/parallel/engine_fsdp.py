@@ -29,7 +29,9 @@ class FsdpEngine:
     mesh: DeviceMesh
     device: torch.device
 
-    def build(self, network: nn.Module, plan: ShardPlan, initialise: Initialise, generator_of: GeneratorOf) -> nn.Module:
+    def build(
+        self, network: nn.Module, plan: ShardPlan, initialise: Initialise, generator_of: GeneratorOf
+    ) -> nn.Module:
         """Shard a meta-device network by its plan and fill it; frozen plans hold compute-dtype parameters."""
         network.to(getattr(torch, plan.storage_dtype))
         apply(network, plan, self.mesh)

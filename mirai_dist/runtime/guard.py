@@ -59,7 +59,8 @@ def leave(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
         if not _is_users(error):
             traceback.print_exception(error, file=sys.stderr)
         summary = " ".join(str(error).split()) or "no message"
-        print(f"{socket.gethostname()}:{rank} {type(error).__name__}: {summary}; {where}", file=sys.stderr)
+        # Not through the console: it may be what failed, or hold a lock that nobody will give back.
+        sys.stderr.write(f"{socket.gethostname()}:{rank} {type(error).__name__}: {summary}; {where}\n")
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

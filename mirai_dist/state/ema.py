@@ -26,10 +26,9 @@ def reshard(module: nn.Module) -> None:
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by plain name, as shards.
 
-    `nn.Module.state_dict` is what strips the recompute wrapper from the names and reshards FSDP modules first;
+    `nn.Module.state_dict` strips the recompute wrapper from the names and reshards FSDP modules (torch's own hooks);
     `keep_vars` makes it return the very parameters that the optimizer holds.
     """
-    reshard(module)
     return module.state_dict(keep_vars=True)
 
 

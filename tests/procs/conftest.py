@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -49,7 +48,7 @@ def run_threads(world_size: int, body: Body, timeout: float) -> list[Any]:
         try:
             dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
             results[rank] = body(rank)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             errors.append((rank, error))
             ProcessLocalGroup.exception_handle(error)  # wakes the ranks that wait for this one
         finally:
@@ -85,12 +84,21 @@ def threads() -> Callable[..., Callable[[Body], list[Any]]]:
     return of_size
 
 
+def _first_failure(folder: Path) -> str:
+    """The record of the rank that raised first, else where the ranks hung; empty when they left no record."""
+    errors = sorted(folder.glob("error-*"))
+    hangs = [path for path in sorted(folder.glob("hang-*")) if path.stat().st_size]
+    if errors:
+        return f"{errors[0].name[-6:]} failed first:\n{errors[0].read_text()}"
+    return "\n".join(f"{path.name}: {path.read_text()}" for path in hangs)
+
+
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Callable[..., Path]:
     """`torchrun(nproc, function)`: a function of the test file, called as function(folder) on each real gloo rank.
 
-    Returns the folder. The test fails with the traceback of the rank that failed first, or with the end of the
-    output when the ranks died or hung without one.
+    Returns the folder. The test fails with the traceback of the rank that failed first, with where each rank stood
+    when they hang for `timeout` seconds, or with the end of the output when they died without a word.
     """
 
     def run(nproc: int, function: Callable[[Path], None], timeout: float = RUN_TIMEOUT) -> Path:
@@ -102,20 +110,11 @@ def torchrun(tmp_path: Path) -> Callable[..., Path]:
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
                    str(Path(__file__).with_name("rank_main.py")), function.__code__.co_filename, function.__name__,
-                   str(tmp_path)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, start_new_session=True)
-        try:
-            output = process.communicate(timeout=timeout)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output = process.communicate()[0] + f"\nkilled after {timeout} s"
-        errors = sorted(tmp_path.glob("error-*"))
-        if errors:
-            pytest.fail(f"{errors[0].name.partition('-rank-')[2]} is the rank that failed first:\n"
-                        + errors[0].read_text(), pytrace=False)
-        if process.returncode:
-            pytest.fail(f"{function.__name__} on {nproc} ranks: exit {process.returncode}\n{output[-4000:]}",
+                   str(tmp_path), str(timeout)]
+        # The ranks end themselves after `timeout`; torchrun then ends too, whatever state they were in.
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout + 60)
+        if result.returncode:
+            pytest.fail(f"{function.__name__} on {nproc} ranks: {_first_failure(tmp_path) or result.stderr[-4000:]}",
                         pytrace=False)
         return tmp_path
 

@@ -1,7 +1,8 @@
-"""One rank of a `torchrun` test: python rank_main.py TEST_FILE FUNCTION FOLDER (see tests/procs/conftest.py)."""
+"""One rank of a `torchrun` test (see conftest.py): python rank_main.py TEST_FILE FUNCTION FOLDER SECONDS."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import sys
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 def main(test_file: str, function: str, folder: str) -> None:
     """Call FUNCTION(FOLDER) with a gloo group of all ranks; on an exception leave a record and exit at once."""
-    rank = int(os.environ["RANK"])
+    rank = os.environ["RANK"]
     try:
         dist.init_process_group("gloo")
         spec = importlib.util.spec_from_file_location(Path(test_file).stem, test_file)
@@ -24,7 +25,7 @@ def main(test_file: str, function: str, folder: str) -> None:
         spec.loader.exec_module(module)
         getattr(module, function)(Path(folder))
         dist.barrier()
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         text = "".join(traceback.format_exception(error))
         Path(folder, f"error-{time.time_ns():020d}-rank-{rank}").write_text(text)
         os._exit(1)  # the other ranks may be waiting in a collective for us: no tidying up
@@ -32,4 +33,8 @@ def main(test_file: str, function: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # torchrun gives each rank a session of its own, out of reach of whoever gives up waiting: it ends itself.
+    with open(Path(sys.argv[3], f"hang-rank-{os.environ['RANK']}"), "w") as record:
+        faulthandler.dump_traceback_later(float(sys.argv[4]), exit=True, file=record)
+        main(*sys.argv[1:4])
+        faulthandler.cancel_dump_traceback_later()

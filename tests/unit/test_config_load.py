@@ -76,7 +76,9 @@ def test_origins_name_the_line_that_won(write: Callable[..., Path]) -> None:
     assert set(origins) == {name for name in origins if lookup(tuple(name.split(".")), "test").is_leaf}
 
 
-def test_origins_are_relative_to_the_working_directory(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_origins_are_relative_to_the_working_directory(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write("extends: small.yaml\nname: mine\n")
     monkeypatch.chdir(path.parent)
     assert load("recipe.yaml").origins["name"] == "recipe.yaml:2"
@@ -224,7 +226,9 @@ def test_a_bad_file_says_what_and_at_which_line(
 
 
 def test_a_missing_section_is_named_with_its_help(write: Callable[..., Path]) -> None:
-    text = "\n".join(line for line in SMALL.read_text().splitlines() if "checkpoint" not in line and "every_" not in line)
+    text = "\n".join(
+        line for line in SMALL.read_text().splitlines() if "checkpoint" not in line and "every_" not in line
+    )
     assert "missing key checkpoint (" in refusal(write(text))
 
 
@@ -291,7 +295,9 @@ def schema_keys(key: Key = ROOT) -> list[tuple[str, ...]]:
     letter=st.sampled_from("abcdefghijklmnopqrstuvwxyz_"),
     how=st.sampled_from(["replace", "insert", "drop"]),
 )
-def test_a_key_with_one_wrong_letter_is_refused_by_name(path: tuple[str, ...], position: int, letter: str, how: str) -> None:
+def test_a_key_with_one_wrong_letter_is_refused_by_name(
+    path: tuple[str, ...], position: int, letter: str, how: str
+) -> None:
     name = path[-1]
     at = position % len(name)
     wrong = name[:at] + {"replace": letter, "insert": letter + name[at], "drop": ""}[how] + name[at + 1 :]

@@ -56,7 +56,7 @@ class KVCache:
             return frame
         return self.shape.sink + (frame - self.shape.sink) % (self.shape.frames - self.shape.sink)
 
-    def _visible_frames(self) -> list[int]:
+    def visible_frames(self) -> list[int]:
         """Absolute indices of the frames the next segment may attend to."""
         ring = self.shape.frames - self.shape.sink
         oldest = self._written - min(ring, self.shape.window - self.shape.sink if self.shape.window else ring)
@@ -65,7 +65,7 @@ class KVCache:
 
     def view(self) -> KeysValues:
         """What the next segment may attend to: views of the store where slots are contiguous, else one copy."""
-        runs = _runs(sorted(self._slot(frame) for frame in self._visible_frames()))
+        runs = _runs(sorted(self._slot(frame) for frame in self.visible_frames()))
         per_frame = self.shape.tokens_per_frame
         pieces = [self._store[:, :, :, first * per_frame : last * per_frame] for first, last in runs]
         store = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3) if pieces else self._store[:, :, :, :0]
@@ -75,15 +75,21 @@ class KVCache:
     def write(self, keys_values: KeysValues) -> None:
         """Append one segment's keys and values, each [B, frames * tokens_per_frame, heads, head_dim].
 
-        Raises ValueError when a segment is longer than the ring that must hold it.
+        A ring of no frames (the window is the sinks alone) keeps the sinks and drops the rest, which nobody may see.
+        Raises ValueError when a segment brings more frames than the ring that must hold them.
         """
         per_frame = self.shape.tokens_per_frame
         frames = keys_values[0][0].shape[1] // per_frame
-        if frames > self.shape.frames - self.shape.sink:
-            raise ValueError(f"a segment of {frames} frames does not fit a cache of {self.shape.frames} frames "
-                             f"of which {self.shape.sink} are sinks")
+        ring = self.shape.frames - self.shape.sink
+        into_sinks = min(frames, max(0, self.shape.sink - self._written))
+        if 0 < ring < frames - into_sinks:
+            raise ValueError(
+                f"a segment of {frames} frames does not fit a cache of {self.shape.frames} frames "
+                f"of which {self.shape.sink} are sinks"
+            )
+        kept = frames if ring else into_sinks
         source = 0
-        for first, last in _runs([self._slot(self._written + i) for i in range(frames)]):
+        for first, last in _runs([self._slot(self._written + i) for i in range(kept)]):
             width = (last - first) * per_frame
             target = slice(first * per_frame, last * per_frame)
             for block, (keys, values) in zip(self._store, keys_values, strict=True):

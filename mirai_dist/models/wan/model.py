@@ -238,10 +238,13 @@ class WanModel(nn.Module):
             rotary = (rotary[0].repeat(2, 1), rotary[1].repeat(2, 1))
             pattern = TeacherForced(segment_tokens)
             noisy_time = time.expand(-1, grid[0], -1)
-            time = torch.cat((self._embed_time(torch.zeros_like(timesteps), dtype).expand_as(noisy_time), noisy_time), 1)
+            clean_time = self._embed_time(torch.zeros_like(timesteps), dtype).expand_as(noisy_time)
+            time = torch.cat((clean_time, noisy_time), dim=1)
         text_cached = history is not None and history.text_keys_values is not None
         inputs = BlockInputs(
-            self.time_projection(time).unflatten(-1, (6, -1)), rotary, pattern,
+            self.time_projection(time).unflatten(-1, (6, -1)),
+            rotary,
+            pattern,
             text.to(dtype) if text_cached else self.text_embedding(text.to(dtype)),
         )
         tokens, hidden, own, text_kv = self._run_blocks(tokens, inputs, history, capture)
@@ -277,7 +280,8 @@ class WanModel(nn.Module):
         rows, columns = latent.shape[-2] // PATCH[1], latent.shape[-1] // PATCH[2]
         patches = latent.to(weight.dtype).unflatten(-1, (columns, PATCH[2])).unflatten(-3, (rows, PATCH[1]))
         patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, F*h*w, C*p*q]
-        return functional.linear(patches, weight.flatten(1), self.patch_embedding.bias), (latent.shape[1], rows, columns)
+        tokens = functional.linear(patches, weight.flatten(1), self.patch_embedding.bias)
+        return tokens, (latent.shape[1], rows, columns)
 
     def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         return self.time_embedding(timestep_sinusoid(timesteps, self.shape.freq_dim).to(dtype))

@@ -1,0 +1,1 @@
+"""The predictor's last projection and its cosine to the target, without the projected features in memory."""

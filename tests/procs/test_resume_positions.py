@@ -1,0 +1,121 @@
+"""A stage resumed at any position computes, to the last bit, what the uninterrupted one does.
+
+The straight runs are trained once, on two ranks, with a checkpoint before every position that is resumed at.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mirai_dist.config import schema
+from mirai_dist.cycle.saver import Saver
+from mirai_dist.cycle.stages import Stage
+from tests.procs import tiny
+from tests.procs.conftest import run_threads
+
+RANKS = 2
+# An average that does not exist yet at the first checkpoint, schedules that depend on the update count.
+EMA_LATER = [f"stages.{name}.ema.start_update=2" for name in ("teacher", "ar_teacher")]
+SCHEDULES = [f"{optimizer}.schedule=cosine" for optimizer in
+             ("stages.teacher.optimizer", "stages.distil.optimizer", "dmd.critic_optimizer", "foresight.optimizer")]
+STAGES = {"teacher": [1, 3], "ar_teacher": [1], "few_step": [2], "distil": [6, 7, 8, 9, 10, 11]}  # positions of saves
+LENGTH = {"teacher": 5, "ar_teacher": 3, "few_step": 4, "distil": 13}  # the dmd run ends with a third generator update
+
+
+class Straight(NamedTuple):
+    """An uninterrupted run as one rank saw it: metrics of every position, and every number at the end."""
+
+    metrics: list[dict[str, float]]
+    end: dict[str, Any]
+
+
+def the_recipe() -> schema.Recipe:
+    return tiny.recipe("dmd.critic_updates=5", *EMA_LATER, *SCHEDULES)
+
+
+def saver(folder: Path, stage: Stage, position: int) -> Saver:
+    place = folder / stage.name / str(position)
+    return Saver(place, stage.recipe.checkpoint, "recipe", stage.run.rank, tiny.console(folder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> list[dict[str, Straight]]:
+    recipe = the_recipe()
+
+    def body(rank: int) -> dict[str, Straight]:
+        found = {}
+        for name, saves in STAGES.items():
+            stage = tiny.stage_of(recipe, name)
+            metrics = []
+            for position in range(LENGTH[name]):
+                if position in saves:
+                    saver(folder, stage, position).save(stage)
+                metrics += tiny.train(stage, 1)
+            found[name] = Straight(metrics, tiny.everything(stage))
+        return found
+
+    with tiny.lively():
+        return run_threads(RANKS, body, 60)
+
+
+def resumed(folder: Path, recipe: schema.Recipe, name: str, position: int) -> tuple[Stage, list[dict[str, float]]]:
+    """A stage resumed before a position and trained to the end, with the metrics of what it trained."""
+    stage = tiny.stage_of(recipe, name)
+    assert saver(folder, stage, position).resume(stage)
+    assert (stage.cycle, stage.position) == divmod(position, len(stage.positions))
+    return stage, tiny.train(stage, LENGTH[name] - position)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resume_at_every_position_is_bit_exact(threads, folder: Path, straight, name: str) -> None:
+    recipe = the_recipe()
+
+    def body(rank: int) -> None:
+        expected = straight[rank][name]
+        for position in STAGES[name]:
+            stage, metrics = resumed(folder, recipe, name, position)
+            for offset, (found, wanted) in enumerate(zip(metrics, expected.metrics[position:], strict=True)):
+                assert found == wanted, f"resumed before {position}: position {position + offset} differs"
+            different = tiny.unequal(tiny.everything(stage), expected.end)
+            assert not different, f"resumed before {position}: {different[:5]}"
+
+    with tiny.lively():
+        threads(RANKS)(body)
+
+
+def test_the_straight_runs_hold_what_a_checkpoint_could_lose(straight, folder: Path) -> None:
+    """Otherwise equality above would show nothing."""
+    end = straight[0]["distil"].end
+    for part in ("generator.head.head.weight.exp_avg_sq", "critic.head.head.weight.exp_avg_sq", "replay_states.0",
+                 "replay_targets.0", "average.generator.head.head.weight", "predictor.projection.weight.exp_avg_sq"):
+        assert part in end, part
+    states = [json.loads(path.read_text()) for path in sorted(folder.glob("teacher/*/cycle-*/state.json"))]
+    assert [sorted(state["averages"]) for state in states] == [[], ["teacher"]]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_resume_on_another_world_size(threads, folder: Path, straight, ranks: int) -> None:
+    """In the middle of a cycle, so that the replay pairs move to other ranks as well."""
+    recipe, position = the_recipe(), STAGES["distil"][3]
+
+    def body(rank: int) -> list[str]:
+        stage, metrics = resumed(folder, recipe, "distil", position)
+        different = [name for found, wanted in zip(metrics, straight[0]["distil"].metrics[position:], strict=True)
+                     for name in tiny.unequal(found, wanted, 1e-5)]
+        everyone = [each["distil"].end for each in straight]
+        expected = {name: value for end in everyone for name, value in end.items()}
+        found = tiny.everything(stage)
+        return different + tiny.unequal(found, {name: expected[name] for name in found}, 1e-6)
+
+    with tiny.lively():
+        for different in threads(ranks)(body):
+            assert not different, different[:5]

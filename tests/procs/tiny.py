@@ -1,0 +1,185 @@
+"""Training cycles small enough for a test: stages of tiny.yaml on ranks that are threads, and all of their numbers.
+
+Networks start from random weights instead of a parent's checkpoint, and without the zeros that real ones start
+with: a head of zeros would make most gradients zero, and zeros are equal whatever is broken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mirai_dist.config import load, schema
+from mirai_dist.cycle import roles
+from mirai_dist.cycle.pipeline import Job, Place, make_run
+from mirai_dist.cycle.stages import STAGES, Parents, Run, Stage
+from mirai_dist.models import predictor
+from mirai_dist.models.wan import model as wan_model
+from mirai_dist.observe.console import Console
+from mirai_dist.parallel.engine_fsdp import FsdpEngine
+from mirai_dist.plan.shards import ShardPlan
+from mirai_dist.runtime.bootstrap import World
+from mirai_dist.runtime.signals import StopRequest
+from mirai_dist.state.draws import Draws
+from mirai_dist.state.ema import local, named_tensors
+
+RECIPE = Path(__file__).with_name("tiny.yaml")
+CPU = torch.device("cpu")
+SEED = 5
+
+
+def recipe(*overrides: str) -> schema.Recipe:
+    """The recipe of the tests (tiny.yaml), with overrides."""
+    return load(RECIPE, overrides).recipe
+
+
+def lively_initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """First values with no parameter at zero or one."""
+    scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+    parameter.normal_(generator=generator).mul_(scale)
+    if parameter.ndim == 1 and name.endswith("weight"):  # of norms
+        parameter.add_(1.0)
+
+
+@contextmanager
+def lively(dtype: str = "") -> Iterator[None]:
+    """Stages built inside start with `lively_initialise`; with a dtype, they store and compute in it throughout."""
+    with ExitStack() as patches:
+        for module in (wan_model, predictor):
+            patches.enter_context(mock.patch.object(module, "initialise", lively_initialise))
+        if dtype:
+            for name in ("wan_plan", "predictor_plan"):
+                patches.enter_context(mock.patch.object(roles, name, _in_dtype(getattr(roles, name), dtype)))
+        yield
+
+
+def _in_dtype(plan_of: Any, dtype: str) -> Any:
+    def plan(*args: Any, **named: Any) -> ShardPlan:
+        return dataclasses.replace(plan_of(*args, **named), storage_dtype=dtype, compute_dtype=dtype)
+    return plan
+
+
+def in_dtype(recipe: schema.Recipe, dtype: str) -> schema.Recipe:
+    """The recipe with a compute dtype that no recipe file may ask for (float64); build its stages in `lively(dtype)`."""
+    return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, compute_dtype=dtype))
+
+
+def console(folder: Path) -> Console:
+    return Console(dist.get_rank(), "here", folder / "logs" / f"rank-{dist.get_rank()}.log")
+
+
+def run_of(recipe: schema.Recipe, seed: int = SEED) -> Run:
+    """What stages share, on this rank of the present process group, made as the pipeline makes it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    place = Place(World(rank, rank, ranks, ranks, "here", CPU), Path(), None, StopRequest())  # type: ignore[arg-type]
+    return make_run(Job("", "", Path(), recipe, seed), place)
+
+
+class WideDraws(Draws):
+    """Noise in float64, of the same values."""
+
+    def normal(self, *key: Any) -> Tensor:
+        return super().normal(*key).double()
+
+
+def stage_of(recipe: schema.Recipe, name: str, engine: type[FsdpEngine] = FsdpEngine, seed: int = SEED) -> Any:
+    """A stage on this rank without parents, its networks sharded over the present process group."""
+    run = run_of(recipe, seed)
+    wide = recipe.parallel.compute_dtype == "float64"
+    run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device),
+                              draws=(WideDraws if wide else Draws)(seed, CPU))
+    return STAGES[recipe.stages[name].kind](name, run, Parents())
+
+
+def train(stage: Stage, positions: int) -> list[dict[str, float]]:
+    """Step through so many positions; the metrics of each, averaged over ranks."""
+    found = []
+    for _ in range(positions):
+        stage.step()
+        found.append(stage.metrics.reduce())
+        stage.advance()
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of the unsharded tensor."""
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def networks_of(stage: Stage) -> dict[str, nn.Module]:
+    """Every network of the stage, frozen ones included, by role."""
+    found = {role.name: role.network for role in vars(stage).values() if isinstance(role, roles.Role)}
+    assert set(stage.roles) <= set(found)
+    return found
+
+
+def weights(stage: Stage) -> dict[str, Tensor]:
+    """Unsharded weights of every network, as "role.parameter"."""
+    return {f"{role}.{name}": whole(tensor) for role, network in networks_of(stage).items()
+            for name, tensor in named_tensors(network).items()}
+
+
+def everything(stage: Stage) -> dict[str, Any]:
+    """Each number of a stage, unsharded, by name; replay pairs are those of this rank."""
+    state = stage.state()
+    found: dict[str, Any] = weights(stage)
+    for role, (network, optimizer) in state.optimizers.items():
+        names = {id(tensor): name for name, tensor in named_tensors(network).items()}
+        for parameter, moments in optimizer.state.items():
+            found |= {f"{role}.{names[id(parameter)]}.{key}": whole(value) for key, value in moments.items()}
+    for role, average in state.averages.items():
+        found |= {f"average.{role}.{name}": whole(tensor) for name, tensor in average.state_dict().items()}
+        found[f"average.{role}.updates"] = average.updates
+    for cache, held in state.samples.items():
+        found |= {f"{cache}.{sample}": tensor.clone() for sample, tensor in held.items()}
+    return found | {f"extras.{key}": value for key, value in state.extras.items()}
+
+
+def shard_digests(stage: Stage) -> dict[str, str]:
+    """Digest of this rank's shards of each network, optimizer and moving average: "network/critic" and so on."""
+    state = stage.state()
+    parts: dict[str, list[Tensor]] = {}
+    for role, network in networks_of(stage).items():
+        parts[f"network/{role}"] = list(named_tensors(network).values())
+    for role, (_, optimizer) in state.optimizers.items():
+        parts[f"optimizer/{role}"] = [value for moments in optimizer.state.values() for value in moments.values()]
+    for role, average in state.averages.items():
+        parts[f"average/{role}"] = list(average.state_dict().values())
+    return {name: _digest(tensors) for name, tensors in parts.items()}
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(local(tensor.detach()).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def unequal(left: Mapping[str, Any], right: Mapping[str, Any], tolerance: float = 0.0) -> list[str]:
+    """Names of values that differ: at all, or (tensors and floats) by more than tolerance times the largest of both."""
+    return [name for name in sorted(left.keys() | right.keys())
+            if name not in left or name not in right or _differ(left[name], right[name], tolerance)]
+
+
+def _differ(left: Any, right: Any, tolerance: float) -> bool:
+    if isinstance(left, float) and isinstance(right, float):
+        left, right = torch.tensor(left), torch.tensor(right)
+    if not isinstance(left, Tensor):
+        return bool(left != right)
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return True
+    if not tolerance:
+        return not torch.equal(left, right)
+    largest = max(left.abs().max().item(), right.abs().max().item())
+    return not (left - right).abs().max().item() <= tolerance * largest

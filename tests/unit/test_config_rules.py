@@ -1,0 +1,205 @@
+"""Each rule refuses what it is for, and names the key; the valid recipe breaks none of them."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+
+from mirai_dist.config import RecipeError, load, schema
+from mirai_dist.config.keys import children
+from mirai_dist.config.rules import RANGES, RULES, accumulation, check_layout
+from mirai_dist.config.schema import Batch
+
+SMALL = Path(__file__).parent / "data" / "small.yaml"
+
+# rule, overrides that break it (and nothing else first), what the message must hold
+BROKEN = [
+    ("range", ["video.channels=0"], "video.channels is 0; it must be at least 1"),
+    ("range", ["foresight.depth=0"], "foresight.depth is 0; it must be more than 0 and at most 1"),
+    ("range", ["foresight.depth=1.5"], "foresight.depth is 1.5"),
+    ("range", ["foresight.weight=-1"], "foresight.weight is -1"),
+    ("range", ["stages.distil.ema.decay=1"], "stages.distil.ema.decay is 1; it must be at least 0 and less than 1"),
+    ("range", ["text.length=0"], "text.length is 0"),
+    ("range", ["text.dim=0"], "text.dim is 0"),
+    ("range", ["rollout.exit_groups=0"], "rollout.exit_groups is 0"),
+    ("range", ["dmd.critic_optimizer.lr=0"], "dmd.critic_optimizer.lr is 0; it must be more than 0"),
+    ("range", ["dmd.max_timestep=1001"], "dmd.max_timestep is 1001"),
+    ("range", ["seed=-1"], "seed is -1"),
+    ("run-name", ["name=a/b"], "name 'a/b'"),
+    ("segments-divide-frames", ["video.latent_frames=13"], "use 12 or 15"),
+    ("segments-divide-frames", ["video.frames_per_segment=5"], "video.latent_frames 12"),
+    ("even-latents", ["video.latent_height=5"], "video.latent_height is 5; patches are 2x2, so use 4 or 6"),
+    ("even-latents", ["video.latent_width=1"], "so use 2 ["),
+    ("heads-divide-dim", ["teacher.heads=3"], "teacher.dim 128 is not divisible by teacher.heads 3"),
+    ("head-dim-rope", ["teacher.heads=32"], "heads of width 4"),
+    ("head-dim-rope", ["teacher.dim=36"], "heads of width 9"),
+    ("even-freq-dim", ["teacher.freq_dim=7"], "teacher.freq_dim is 7"),
+    ("radius-jitter", ["world.radius_jitter=4.5"], "world.radius_jitter 4.5"),
+    ("earlier-stages", ["stages.ar_teacher.parent=few_step"], "one of: teacher"),
+    ("earlier-stages", ["stages.distil.teacher=techer"], "'techer', which is no earlier stage"),
+    ("dmd-roles", ["stages.few_step.teacher=teacher"], "stages.few_step.teacher has no effect"),
+    ("dmd-roles", ["stages.distil.teacher="], "stages.distil.teacher is missing"),
+    ("dmd-roles", ["stages.distil.parent="], "stages.distil.parent is missing"),
+    ("dmd-teacher-kind", ["stages.distil.teacher=ar_teacher"], "the real score must be bidirectional"),
+    ("parent-kind", ["stages.few_step.parent=teacher"], "is of kind bidirectional"),
+    ("parent-kind", ["stages.few_step.parent="], "there is none"),
+    ("parent-kind", ["stages.few_step.kind=bidirectional"], "starts from a bidirectional one"),
+    ("parent-shape", ["generator.blocks=2"], "generator.blocks 2, teacher.blocks 4"),
+    ("critic-shape", ["critic.ffn_dim=256"], "critic.ffn_dim 256, teacher.ffn_dim 512"),
+    (
+        "dmd-last",
+        ["stages.after={kind: bidirectional, cycles: 1, batch: {global_size: 1}, optimizer: {lr: 1}}"],
+        "last",
+    ),
+    ("dmd-last", ["stages.twin=${stages.distil}"], "distil, twin are all of kind dmd"),
+    ("batch-micro", ["stages.distil.batch.micro_size=3"], "use 6 or 9"),
+    ("exit-groups", ["rollout.exit_groups=3"], "use one of 1, 2, 4, 8"),
+    ("warmup", ["stages.few_step.optimizer.warmup=11"], "longer than the 10 updates"),
+    ("warmup", ["dmd.critic_optimizer.warmup=31"], "longer than the 30 updates"),
+    ("ema-off", ["stages.distil.ema={decay: 0, start_update: 3}"], "decay 0 turns the average off"),
+    ("rollout-steps", ["rollout.steps=[500, 500]"], "must fall strictly"),
+    ("rollout-steps", ["rollout.steps=[1001, 500]"], "1..1000"),
+    ("rollout-steps", ["rollout.steps=[500, 0]"], "1..1000"),
+    ("rollout-steps", ["rollout.steps=[]"], "rollout.steps []"),
+    ("window", ["rollout.sink_frames=3"], "rollout.sink_frames has no effect"),
+    ("window", ["rollout.window_frames=7"], "use 6 or 9"),
+    ("window", ["rollout.window_frames=6", "rollout.sink_frames=6"], "use at least 9"),
+    ("score-timesteps", ["dmd.min_timestep=980"], "dmd.min_timestep 980"),
+    ("offsets", ["foresight.offsets=[]"], "from 0 to 3"),
+    ("offsets", ["foresight.offsets=[1, 1]"], "foresight.offsets [1, 1]"),
+    ("offsets", ["foresight.offsets=[0, 4]"], "from 0 to 3"),
+    ("offsets", ["foresight.offsets=[-1]"], "foresight.offsets [-1]"),
+    ("offsets", ["video.frames_per_segment=12"], "from 0 to 0"),
+    (
+        "shuffled-targets",
+        ["foresight.targets=shuffled", "stages.distil.batch={global_size: 1, micro_size: 1}"],
+        "above 1",
+    ),
+    ("study-size", ["study.seeds=[1, 1]"], "must be different"),
+    ("study-size", ["study.seeds=[]"], "at least one"),
+    ("study-size", ["study.seeds=[-1]"], "must not be negative"),
+    ("arm-overrides", ["study.arms.x=[dmd.guidance=1, dmd.guidance=2]"], "study.arms.x sets dmd.guidance twice"),
+    ("arm-overrides", ["study.arms.x=[video.fps=8]"], "study.arms.x sets video.fps, which all arms share"),
+    ("arm-overrides", ["study.arms.x=[stages.teacher.cycles=8]"], "which all arms share"),
+    ("arm-overrides", ["study.arms.x=['study.seeds=[8]']"], "which all arms share"),
+]
+
+
+@pytest.mark.parametrize(("rule", "overrides", "text"), BROKEN, ids=lambda value: str(value)[:40])
+def test_a_rule_refuses_and_names_the_key(rule: str, overrides: list[str], text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(SMALL, overrides)
+    message = str(caught.value)
+    assert message.endswith(f"[{rule}]")
+    assert text in message
+    assert message.startswith("command line: ")
+    assert len(message.splitlines()) == 1
+
+
+AR_ONLY = """
+extends: {small_world}
+name: ar
+stages:
+  ar: {{kind: teacher_forcing, cycles: 2, batch: {{global_size: 2}}, optimizer: {{lr: 1e-3}}}}
+checkpoint: {{every_cycles: 1}}
+"""
+
+
+@pytest.fixture
+def ar_only(tmp_path: Path) -> Path:
+    """A recipe without a dmd stage."""
+    path = tmp_path / "ar.yaml"
+    path.write_text(AR_ONLY.format(small_world=SMALL.with_name("small_world.yaml")))
+    return path
+
+
+def test_every_rule_has_a_case() -> None:
+    elsewhere = {"some-stage", "study-needs-dmd"}
+    assert {name for name, _, _ in BROKEN} | elsewhere == set(RULES)
+
+
+def test_a_recipe_without_stages_is_refused(ar_only: Path) -> None:
+    lines = ar_only.read_text().splitlines()
+    ar_only.write_text("\n".join("stages: {}" if line == "stages:" else line for line in lines if "ar:" not in line))
+    with pytest.raises(RecipeError, match=r"ar\.yaml: stages is empty; .* \[some-stage\]$"):
+        load(ar_only)
+
+
+def test_a_study_without_a_dmd_stage_is_refused(ar_only: Path) -> None:
+    load(ar_only)
+    ar_only.write_text(ar_only.read_text() + "study: {arms: {x: [foresight.weight=0]}}\n")
+    with pytest.raises(RecipeError, match=r"ar\.yaml:7: study\.arms\.x has no effect: .* \[study-needs-dmd\]$"):
+        load(ar_only)
+
+
+@pytest.mark.parametrize(
+    "override", ["dmd.guidance=1", "foresight.weight=0", "consistency.points=9", "study.seeds=[2]"]
+)
+def test_a_typed_key_that_no_stage_reads_is_refused(ar_only: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"^command line: .* has no effect: no stage is of kind .* \[no-effect\]$"):
+        load(ar_only, [override])
+
+
+def test_a_rule_broken_by_two_files_points_at_the_written_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: {SMALL}\nrollout:\n  sink_frames: 3\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml:3: rollout\.sink_frames"):
+        load(path)
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    """A number without one would accept anything; a range without a field would guard nothing."""
+    for section in vars(schema).values():
+        if not isinstance(section, type) or not is_dataclass(section):
+            continue
+        numbers = {name for name, kind in children(section).items() if kind in (int, float)}
+        assert numbers == set(RANGES.get(section, {})), section.__name__
+
+
+def test_legal_windows_and_shapes_pass() -> None:
+    assert load(SMALL, ["rollout.window_frames=6", "rollout.sink_frames=3"]).recipe.rollout.sink_frames == 3
+    assert load(SMALL, ["teacher.blocks=6"]).recipe.generator.blocks == 6
+    # Other weights, other shape: allowed where nothing is inherited.
+    load(SMALL, ["stages.ar_teacher.parent=", "generator.blocks=2"])
+
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "ranks", "expected"), [(8, 2, 2, 2), (8, 8, 1, 1), (64, 1, 64, 1), (12, 2, 3, 2)]
+)
+def test_accumulation(global_size: int, micro_size: int, ranks: int, expected: int) -> None:
+    assert accumulation(Batch(global_size=global_size, micro_size=micro_size), ranks) == expected
+
+
+@pytest.mark.parametrize(("global_size", "ranks", "near"), [(8, 3, "6 or 12"), (4, 5, "10"), (100, 3, "96 or 102")])
+def test_an_impossible_split_names_the_nearest_sizes(global_size: int, ranks: int, near: str) -> None:
+    with pytest.raises(RecipeError, match=f"use a global size of {near},") as caught:
+        accumulation(Batch(global_size=global_size, micro_size=2), ranks)
+    for size in near.split(" or "):
+        assert accumulation(Batch(global_size=int(size), micro_size=2), ranks) >= 1
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_layout() -> None:
+    recipe = load(SMALL).recipe
+    assert check_layout(recipe, 2) == {"teacher": 1, "ar_teacher": 1, "few_step": 1, "distil": 2}
+    with pytest.raises(RecipeError, match=r"^stages\.teacher: batch\.global_size 8 cannot be split over 4 ranks"):
+        check_layout(recipe, 4)
+    with pytest.raises(RecipeError, match="0 ranks"):
+        check_layout(recipe, 0)
+
+
+def test_exit_groups_divide_what_a_rank_accumulates() -> None:
+    recipe = load(SMALL, ["rollout.exit_groups=2"]).recipe
+    assert check_layout(recipe, 2)["distil"] == 2
+    recipe = load(SMALL, ["rollout.exit_groups=4"]).recipe
+    with pytest.raises(RecipeError, match=r"rollout\.exit_groups 4 does not divide the 2 micro-batches .* 16$"):
+        check_layout(recipe, 2)
+
+
+def test_replicas_divide_the_ranks() -> None:
+    recipe = load(SMALL, ["parallel.replicas=2"]).recipe
+    check_layout(recipe, 2)
+    with pytest.raises(RecipeError, match="1 ranks cannot form 2 equal replicas"):
+        check_layout(recipe, 1)

@@ -1,0 +1,225 @@
+"""Distribution matching: the gradient in closed form for Gaussians, its normalisation, guidance and timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from mirai_dist.method.dmd import Conditioning, dmd_loss, guided, noised, score_difference, score_timestep
+
+SHAPE = (2, 3, 4, 2, 2)
+PROMPTS = Conditioning(torch.ones(2, 5, 6, dtype=torch.float64), torch.zeros(1, 5, 6, dtype=torch.float64))
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape or SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def at(*timesteps: float) -> Tensor:
+    return torch.tensor(timesteps, dtype=torch.float64)
+
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def denoising_to(estimate: Callable[[Tensor, Tensor], Tensor]) -> Network:
+    """A network whose x0 is estimate(latent, text)."""
+
+    def velocity(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return (latent - estimate(latent, text)) / (timesteps / 1000).view(-1, 1, 1, 1, 1)
+
+    return velocity
+
+
+def constant(fake: Tensor, real: Tensor) -> tuple[Network, Network]:
+    """(teacher, critic) with fixed x0; the teacher's does not depend on the prompt."""
+    repeat = denoising_to(lambda latent, text: real.repeat(latent.shape[0] // real.shape[0], 1, 1, 1, 1))
+    return repeat, denoising_to(lambda latent, text: fake)
+
+
+# --- the loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_derivative_of_the_loss_is_the_gradient_over_numel(dtype: torch.dtype) -> None:
+    latents = normal(1).to(dtype).requires_grad_()
+    gradient = normal(2).to(dtype)
+    (derivative,) = torch.autograd.grad(dmd_loss(latents, gradient), latents)
+    atol = 1e-14 if dtype == torch.float64 else 1e-8
+    torch.testing.assert_close(derivative, gradient / latents.numel(), rtol=0, atol=atol)
+    assert dmd_loss(latents, gradient).item() == pytest.approx(0.5 * gradient.square().mean().item(), rel=1e-6)
+
+
+def test_bf16_latents_keep_a_wide_gradient() -> None:
+    latents = normal(1).bfloat16().requires_grad_()
+    loss = dmd_loss(latents, normal(2).float())
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert latents.grad is not None and latents.grad.dtype == torch.bfloat16
+
+
+# --- the normalised difference -------------------------------------------------------------------------------
+
+
+def test_difference_by_hand_a_sample_at_a_time() -> None:
+    x, fake, real, noisy = normal(1), normal(2), normal(3), normal(4)
+    g = score_difference(x, noisy, at(500, 800), PROMPTS, constant(fake, real), guidance=3.0)
+    for i in range(2):
+        expected = (fake[i] - real[i]) / (x[i] - real[i]).abs().mean()
+        torch.testing.assert_close(g[i], expected, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(1e-3, 1e3))
+def test_a_common_scale_of_both_differences_does_not_matter(scale: float) -> None:
+    x, fake, real, noisy = normal(1), normal(2), normal(3), normal(4)
+    g = score_difference(x, noisy, at(500, 800), PROMPTS, constant(fake, real), 3.0)
+    scores = constant(x + scale * (fake - x), x + scale * (real - x))
+    torch.testing.assert_close(score_difference(x, noisy, at(500, 800), PROMPTS, scores, 3.0), g, rtol=1e-9, atol=1e-9)
+
+
+def test_no_graph_and_no_gradient_reaches_the_scores() -> None:
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    latents = normal(1).requires_grad_()
+
+    def network(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return weight * latent
+
+    noisy = noised(latents, normal(2), at(500, 500))
+    assert not noisy.requires_grad
+    assert not score_difference(latents, noisy, at(500, 500), PROMPTS, (network, network), 3.0).requires_grad
+
+
+# --- guidance ------------------------------------------------------------------------------------------------
+
+
+def test_guidance_formula() -> None:
+    conditional, unconditional = normal(1), normal(2)
+    torch.testing.assert_close(guided(conditional, unconditional, 3.0), 4 * conditional - 3 * unconditional)
+    assert torch.equal(guided(conditional, unconditional, 0.0), conditional)
+
+
+def test_the_teacher_is_guided_and_the_critic_is_not() -> None:
+    """x0 = the text's mean: 1 for the prompt, 0 for the negative one; guidance 3 makes that 1 + 3 (1 - 0) = 4."""
+    read: list[tuple[int, list[float]]] = []
+
+    def network(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        prompt = text.mean(dim=(1, 2))
+        read.append((latent.shape[0], prompt.tolist()))
+        return (latent - prompt.view(-1, 1, 1, 1, 1)) / (timesteps / 1000).view(-1, 1, 1, 1, 1)
+
+    x, noisy = torch.full(SHAPE, 6.0, dtype=torch.float64), normal(4)
+    g = score_difference(x, noisy, at(500, 800), PROMPTS, (network, network), guidance=3.0)
+    torch.testing.assert_close(g, torch.full_like(g, (1 - 4) / (6 - 4)), rtol=0, atol=1e-12)
+    assert sorted(read) == [(2, [1.0, 1.0]), (4, [1.0, 1.0, 0.0, 0.0])]
+
+
+# --- non-finite scores ---------------------------------------------------------------------------------------
+
+
+def test_a_non_finite_critic_shows_where_it_was() -> None:
+    x, fake, real = normal(1), normal(2), normal(3)
+    fake[1, 0, 0, 0, 0] = float("nan")
+    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(fake, real), 3.0)
+    assert g.isnan().nonzero().tolist() == [[1, 0, 0, 0, 0]]
+    assert dmd_loss(x, g).isnan()
+
+
+def test_a_non_finite_teacher_spoils_its_sample_alone() -> None:
+    x, fake, real = normal(1), normal(2), normal(3)
+    real[0, 0, 0, 0, 0] = float("inf")
+    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(fake, real), 3.0)
+    assert g[0].isnan().all()  # through the guidance and the sample's normaliser
+    assert g[1].isfinite().all()
+
+
+# --- Gaussians -----------------------------------------------------------------------------------------------
+
+DATA, GENERATOR = (0.7, 0.5), (-0.4, 1.3)  # mean and standard deviation
+
+
+def gaussian(mean: float, std: float) -> Normal:
+    return Normal(*at(mean, std))  # of Python floats it would be single precision
+
+
+def exact(mean: float, std: float) -> Network:
+    """Velocity E[noise - x0 | x_t] when x0 is N(mean, std^2) in every coordinate."""
+
+    def velocity(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        sigma = (timesteps / 1000).view(-1, 1, 1, 1, 1)
+        variance = (1 - sigma) ** 2 * std**2 + sigma**2
+        centred = latent - (1 - sigma) * mean
+        return sigma / variance * centred - (mean + (1 - sigma) * std**2 / variance * centred)
+
+    return velocity
+
+
+@pytest.mark.parametrize("timestep", [20.0, 300.0, 833.3, 980.0])
+def test_difference_is_that_of_the_gaussian_scores(timestep: float) -> None:
+    """f - r = sigma^2 / (1 - sigma) (score of the noised generator - score of the noised data)."""
+    sigma = timestep / 1000
+    x = normal(1)
+    noisy = noised(x, normal(2), at(timestep, timestep)).requires_grad_()
+    scores = []
+    for mean, std in (GENERATOR, DATA):
+        marginal = gaussian((1 - sigma) * mean, ((1 - sigma) ** 2 * std**2 + sigma**2) ** 0.5)
+        scores.append(torch.autograd.grad(marginal.log_prob(noisy).sum(), noisy)[0])
+    difference = sigma**2 / (1 - sigma) * (scores[0] - scores[1])
+    g = score_difference(x, noisy, at(timestep, timestep), PROMPTS, (exact(*DATA), exact(*GENERATOR)), 3.0)
+    # the normaliser is one positive number a sample
+    scale = (difference / g).flatten(1)
+    assert (scale > 0).all()
+    torch.testing.assert_close(scale, scale[:, :1].expand_as(scale), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("timestep", [100.0, 500.0, 937.5])
+def test_the_loss_follows_the_kl_divergence_of_the_noised_gaussians(timestep: float) -> None:
+    """Generator x = m + s z. d loss / d(m, s) is parallel to d KL(noised generator | noised data) / d(m, s).
+
+    z and the noise take the values +-1 in all combinations: expectations of a quadratic are exact on them.
+    """
+    sigma = timestep / 1000
+    mean, std = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in GENERATOR)
+    z = at(1, 1, -1, -1).view(1, 1, 1, 2, 2)
+    noise = at(1, -1, 1, -1).view(1, 1, 1, 2, 2)
+    x = mean + std * z
+    noisy = noised(x, noise, at(timestep))
+    prompts = Conditioning(PROMPTS.text[:1], PROMPTS.negative)
+    g = score_difference(x, noisy, at(timestep), prompts, (exact(*DATA), exact(*GENERATOR)), guidance=3.0)
+    ours = torch.stack(torch.autograd.grad(dmd_loss(x, g), (mean, std)))
+
+    spread = ((1 - sigma) ** 2 * std**2 + sigma**2).sqrt()
+    data = gaussian((1 - sigma) * DATA[0], ((1 - sigma) ** 2 * DATA[1] ** 2 + sigma**2) ** 0.5)
+    divergence = kl_divergence(Normal((1 - sigma) * mean, spread), data)
+    closed = torch.stack(torch.autograd.grad(divergence, (mean, std)))
+    velocity = exact(*DATA)(noisy, at(timestep), PROMPTS.text)
+    normaliser = (x - (noisy - sigma * velocity)).abs().mean()
+    expected = closed * (sigma / (1 - sigma)) ** 2 / normaliser
+    torch.testing.assert_close(ours, expected.detach(), rtol=1e-9, atol=1e-12)
+    # descending it moves the generator toward the data
+    assert ours[0] < 0 < ours[1]
+
+
+def test_a_generator_that_matches_the_data_gets_no_gradient() -> None:
+    x = normal(1)
+    noisy = noised(x, normal(2), at(500, 700))
+    g = score_difference(x, noisy, at(500, 700), PROMPTS, (exact(*DATA), exact(*DATA)), guidance=3.0)
+    assert g.abs().max() < 1e-14
+
+
+# --- timesteps -----------------------------------------------------------------------------------------------
+
+
+def test_score_timesteps_as_published() -> None:
+    every = [score_timestep(draw, 5.0, 20.0, 980.0) for draw in range(1000)]
+    assert every.count(980.0) == 92  # 9.2 % of the draws
+    assert sum(every) / 1000 == pytest.approx(746, abs=0.5)
+    assert min(every) == 20.0 and every[5] > 20.0
+    assert every == sorted(every)
+    assert every[500] == pytest.approx(2500 / 3)

@@ -1,0 +1,416 @@
+"""Self-forcing rollout: which passes run, what they see, and gradients that equal those of recomputed prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mirai_dist.config import load
+from mirai_dist.cycle.roles import causal, kv_cache, rollout_settings
+from mirai_dist.method.rollout import Past, RolloutInputs, RolloutSettings, rollout, segments
+from mirai_dist.models.wan import Capture, History, KVCache, WanModel
+from mirai_dist.models.wan.kv_cache import CacheShape
+from mirai_dist.parallel.recompute import recompute
+from tests.tiny_wan import SHAPE, TOKENS, generator, gradients, largest_difference, latents, prompts, wan
+
+SMALL = Path(__file__).parent / "data" / "small.yaml"
+CPU = torch.device("cpu")
+TIMESTEPS = (1000.0, 937.5, 625.0)
+
+# --- which passes run: a network that only takes notes -------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """One pass of the recording network."""
+
+    first_frame: int
+    timestep: float
+    latent: Tensor
+    with_gradient: bool
+    text_cached: bool
+    capture: int
+    past_frames: int
+
+
+class Output(NamedTuple):
+    velocity: Tensor
+    hidden: Tensor | None
+    keys_values: Any
+    text_keys_values: Any
+
+
+@dataclass
+class Recorder:
+    """velocity = latent / 2; keys and values of one token a frame that hold the call's number."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def __call__(self, latent: Tensor, timesteps: Tensor, text: Tensor, past: Past, capture: int) -> Output:
+        assert (timesteps == timesteps[0]).all() and timesteps.shape == latent.shape[:1]
+        cached = past.text_keys_values is not None
+        frames = past.keys_values[0][0].shape[1]
+        self.calls.append(
+            Call(past.first_frame, timesteps[0].item(), latent, torch.is_grad_enabled(), cached, capture, frames)
+        )
+        own = torch.full((latent.shape[0], latent.shape[1], 1, 1), len(self.calls), dtype=latent.dtype)
+        hidden = latent.flatten(2) if capture else None
+        return Output(latent / 2, hidden, ((own, own),), ((text, text),))
+
+
+def notes_of(exit_step: int, with_gradient: bool, settings: RolloutSettings, frames: int = 6) -> tuple[Recorder, Tensor]:
+    """A rollout of the recorder: its notes and the noise it got."""
+    network = Recorder()
+    noise = torch.randn(len(settings.timesteps) + 1, 2, frames, 3, 2, 2, generator=generator(0), dtype=torch.float64)
+    cache = KVCache(CacheShape(1, 2, frames, 1, 1, 1), CPU, torch.float64)
+    with torch.set_grad_enabled(with_gradient):
+        rollout(network, settings, RolloutInputs(noise, torch.zeros(2, 1, 1), exit_step, capture=7), cache)
+    return network, noise
+
+
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize("per_segment", [1, 2, 3])
+def test_passes_of_a_rollout(exit_step: int, with_gradient: bool, per_segment: int) -> None:
+    network, _ = notes_of(exit_step, with_gradient, RolloutSettings(TIMESTEPS, per_segment))
+    count = 6 // per_segment
+    expected = []
+    for segment in range(count):
+        expected += [(segment * per_segment, timestep) for timestep in TIMESTEPS[: exit_step + 1]]
+        if segment + 1 < count:  # nobody would read the last segment's context
+            expected.append((segment * per_segment, 0.0))
+    assert [(call.first_frame, call.timestep) for call in network.calls] == expected
+    assert len(expected) == count * (exit_step + 1) + count - 1
+    exits = [call for call in network.calls if call.timestep == TIMESTEPS[exit_step]]
+    assert [call.capture for call in exits] == [7] * count
+    assert all(call.capture == 0 for call in network.calls if call not in exits)
+    assert [call for call in network.calls if call.with_gradient] == (exits if with_gradient else [])
+    # a segment sees all frames before it, and none of its own denoising passes
+    assert all(call.past_frames == call.first_frame for call in network.calls)
+
+
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_text_keys_and_values_are_reused_where_no_gradient_needs_them(exit_step: int) -> None:
+    settings = RolloutSettings(TIMESTEPS, 2)
+    calls = notes_of(exit_step, False, settings)[0].calls
+    first_segment = [call.text_cached for call in calls if call.first_frame == 0]
+    assert not first_segment[0] and all(call.text_cached for call in calls if call.first_frame > 0)
+    assert all(first_segment[1:]) or exit_step == 0
+    calls = notes_of(exit_step, True, settings)[0].calls
+    assert not any(call.text_cached for call in calls if call.with_gradient)
+    assert all(call.text_cached for call in calls if not call.with_gradient and call.first_frame > 0)
+
+
+def test_every_input_by_hand() -> None:
+    """x0 = x - sigma v; fresh noise before each step; another one for the context pass."""
+    settings = RolloutSettings((1000.0, 800.0), 3, context_timestep=100.0)
+    network, noise = notes_of(1, False, settings)
+    for segment in range(2):
+        own = slice(3 * segment, 3 * segment + 3)
+        calls = [call.latent for call in network.calls if call.first_frame == 3 * segment]
+        assert torch.equal(calls[0], noise[0][:, own])
+        second = 0.2 * (calls[0] / 2) + 0.8 * noise[1][:, own]  # sigma 1 and velocity x / 2 leave x0 = x / 2
+        torch.testing.assert_close(calls[1], second, rtol=0, atol=1e-15)
+        if segment == 0:
+            context = 0.9 * (second - 0.8 * second / 2) + 0.1 * noise[2][:, own]
+            torch.testing.assert_close(calls[2], context, rtol=0, atol=1e-15)
+
+
+def test_only_the_context_pass_is_cached() -> None:
+    cache = KVCache(CacheShape(1, 2, 4, 1, 1, 1), CPU, torch.float64)
+    noise = torch.zeros(4, 2, 6, 3, 2, 2, dtype=torch.float64)
+    rollout(Recorder(), RolloutSettings(TIMESTEPS, 2), RolloutInputs(noise, torch.zeros(2, 1, 1), 2), cache)
+    # calls 1 2 3 denoise the first segment, 4 is its context pass; 8 is the second one's; the third has none
+    assert cache.view()[0][0][0].flatten().tolist() == [4, 4, 8, 8]
+
+
+# --- the real network ----------------------------------------------------------------------------------------
+
+FRAMES = 6
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rollout of the tiny network."""
+
+    per_segment: int = 2
+    exit_step: int = 1
+    context_timestep: float = 0.0
+    leaky: bool = False
+    window: int = 0
+    sink: int = 0
+    frames: int = FRAMES
+
+    @property
+    def count(self) -> int:
+        return self.frames // self.per_segment
+
+    @property
+    def settings(self) -> RolloutSettings:
+        return RolloutSettings(TIMESTEPS, self.per_segment, self.context_timestep, self.leaky)
+
+    def cache(self, frames: int) -> KVCache:
+        """A cache that holds `frames` frames and shows the window."""
+        heads = SHAPE.heads
+        shape = CacheShape(SHAPE.blocks, 1, frames, TOKENS, heads, SHAPE.dim // heads, self.sink, self.window)
+        return KVCache(shape, CPU, torch.float64)
+
+    def inputs(self) -> RolloutInputs:
+        noise = torch.stack([latents(10 + i, 1, self.frames) for i in range(len(TIMESTEPS) + 1)])
+        return RolloutInputs(noise, prompts(2, 1), self.exit_step, capture=2)
+
+    def visible(self, first: int) -> list[int]:
+        if not self.window:
+            return list(range(first))
+        return [f for f in range(first) if f < self.sink or f >= first - (self.window - self.sink)]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, graph: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient[0]
+
+
+class Reference:
+    """The rollout without a cache and without recomputation: every segment computes all of its prefix anew."""
+
+    def __init__(self, network: WanModel, case: Case, inputs: RolloutInputs) -> None:
+        self.network, self.case, self.inputs = network, case, inputs
+        self.latents: list[Tensor] = []
+        self.states: list[Tensor] = []
+        self.exits: list[KeysValues] = []
+        for segment in range(case.count):
+            self._segment(segment)
+
+    def _pass(self, segment: int, latent: Tensor, timestep: float, past: KeysValues | None) -> Any:
+        at = torch.full((1,), timestep, dtype=torch.float64)
+        history = History(past, None, segment * self.case.per_segment)
+        return self.network(latent, at, self.inputs.text, history=history, capture=Capture(2))
+
+    def _noise(self, index: int, segment: int) -> Tensor:
+        first = segment * self.case.per_segment
+        return self.inputs.noise[index][:, first : first + self.case.per_segment]
+
+    def _segment(self, segment: int) -> None:
+        past = self._prefix(segment)
+        noisy = self._noise(0, segment)
+        with torch.no_grad():
+            for step in range(self.inputs.exit_step):
+                sigma, following = TIMESTEPS[step] / 1000, TIMESTEPS[step + 1] / 1000
+                clean = noisy - sigma * self._pass(segment, noisy, TIMESTEPS[step], past).velocity
+                noisy = (1 - following) * clean + following * self._noise(step + 1, segment)
+        timestep = TIMESTEPS[self.inputs.exit_step]
+        output = self._pass(segment, noisy, timestep, past)
+        self.latents.append(noisy - timestep / 1000 * output.velocity)
+        self.states.append(output.hidden)
+        self.exits.append(output.keys_values)
+
+    def _prefix(self, segment: int) -> KeysValues | None:
+        """Keys and values of the visible frames, from context passes run one after the other from the first."""
+        contexts: list[KeysValues] = []
+        for earlier in range(segment):
+            with torch.no_grad():
+                clean, sigma = self.latents[earlier].detach(), self.case.context_timestep / 1000
+                noisy = (1 - sigma) * clean + sigma * self._noise(-1, earlier)
+                past = self._select(contexts, earlier * self.case.per_segment)
+                contexts.append(self._pass(earlier, noisy, self.case.context_timestep, past).keys_values)
+        if self.case.leaky:
+            contexts = [self._leak(context, graph) for context, graph in zip(contexts, self.exits, strict=True)]
+        return self._select(contexts, segment * self.case.per_segment)
+
+    def _select(self, contexts: list[KeysValues], first: int) -> KeysValues | None:
+        """The visible frames out of the contexts, by frame index."""
+        if not contexts:
+            return None
+        tokens = torch.tensor([f * TOKENS + i for f in self.case.visible(first) for i in range(TOKENS)])
+        return tuple(
+            (torch.cat([c[b][0] for c in contexts], 1)[:, tokens], torch.cat([c[b][1] for c in contexts], 1)[:, tokens])
+            for b in range(SHAPE.blocks)
+        )
+
+    @staticmethod
+    def _leak(context: KeysValues, graph: KeysValues) -> KeysValues:
+        return tuple(
+            (_StraightThrough.apply(k, graph_k), _StraightThrough.apply(v, graph_v))  # type: ignore[misc]
+            for (k, v), (graph_k, graph_v) in zip(context, graph, strict=True)
+        )
+
+
+def loss_of(segment: int, video: Tensor, state: Tensor) -> Tensor:
+    """A random linear functional of a segment's latents and state, another one for each segment."""
+    draws = generator(100 + segment)
+    weights = [torch.randn(part.shape, generator=draws, dtype=torch.float64) for part in (video, state)]
+    return (weights[0] * video).sum() + (weights[1] * state).sum()
+
+
+def reference_gradients(case: Case) -> tuple[dict[str, Tensor], Reference]:
+    network = wan()
+    reference = Reference(network, case, case.inputs())
+    losses = [loss_of(i, reference.latents[i], reference.states[i]) for i in range(case.count)]
+    torch.stack(losses).sum().backward()
+    return gradients(network), reference
+
+
+def saving_network() -> WanModel:
+    network = wan()
+    recompute(network, [f"blocks.{i}" for i in range(SHAPE.blocks)])
+    return network
+
+
+GRADIENT_CASES = [
+    Case(),
+    Case(per_segment=1, exit_step=0, frames=4),
+    Case(context_timestep=100.0, exit_step=2),
+    Case(per_segment=1, window=2, sink=1, frames=5),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize("leaky", [False, True])
+def test_joint_gradients_are_those_of_recomputed_prefixes(case: Case, leaky: bool) -> None:
+    case = Case(**{**vars(case), "leaky": leaky})
+    expected, reference = reference_gradients(case)
+    network = saving_network()
+    video, states = rollout(causal(network), case.settings, case.inputs(), case.cache(case.frames - case.per_segment))
+    torch.testing.assert_close(video, torch.cat(reference.latents, 1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(states, reference.states, rtol=0, atol=1e-12)
+    parts = video.split(case.per_segment, dim=1)
+    torch.stack([loss_of(i, parts[i], states[i]) for i in range(case.count)]).sum().backward()
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1
+    assert largest_difference(gradients(network), expected) < 1e-10
+
+
+def test_gradients_of_single_segments_are_exact_in_any_order_of_backward() -> None:
+    case = Case()
+    expected, _ = reference_gradients(case)
+    for order in permutations(range(case.count)):
+        network = saving_network()
+        finished = list(segments(causal(network), case.settings, case.inputs(), case.cache(4)))
+        for i in order:
+            state = finished[i].state
+            assert state is not None
+            loss_of(i, finished[i].latents, state).backward()
+        assert largest_difference(gradients(network), expected) < 1e-10, f"backward in order {order}"
+
+
+def test_a_segment_may_go_backward_before_the_next_one_is_generated() -> None:
+    case = Case()
+    expected, _ = reference_gradients(case)
+    network = saving_network()
+    for i, segment in enumerate(segments(causal(network), case.settings, case.inputs(), case.cache(4))):
+        assert segment.state is not None
+        loss_of(i, segment.latents, segment.state).backward()
+    assert largest_difference(gradients(network), expected) < 1e-10
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_only_leaky_gradients_reach_earlier_exit_passes(leaky: bool) -> None:
+    """At exit step 0 the noise of a segment enters its exit pass and nothing else that has a graph."""
+    case = Case(exit_step=0, leaky=leaky)
+    inputs = case.inputs()
+    inputs.noise.requires_grad_()
+    finished = list(segments(causal(saving_network()), case.settings, inputs, case.cache(4)))
+    for i, segment in enumerate(finished):
+        assert segment.state is not None
+        loss = loss_of(i, segment.latents, segment.state)
+        (gradient,) = torch.autograd.grad(loss, inputs.noise, retain_graph=leaky)
+        reached = [bool(part.any()) for part in gradient[0].split(case.per_segment, dim=1)]
+        assert reached == [j == i or (leaky and j < i) for j in range(case.count)]
+        assert not gradient[1:].any()
+
+
+def test_leaky_and_detached_rollouts_have_the_same_values() -> None:
+    videos = [
+        rollout(causal(saving_network()), case.settings, case.inputs(), case.cache(4))[0]
+        for case in (Case(leaky=False), Case(leaky=True))
+    ]
+    assert torch.equal(videos[0], videos[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_segment", [1, 2, 3])
+def test_a_one_step_rollout_is_the_fixed_point_of_teacher_forcing(per_segment: int) -> None:
+    """Given its own output as clean video, the masked forward must find that output: no cache, no loop, one pass."""
+    network, case = wan(), Case(per_segment=per_segment, exit_step=0)
+    inputs = case.inputs()
+    video, _ = rollout(causal(network), case.settings, inputs, case.cache(FRAMES - per_segment))
+    timesteps = torch.full((1,), TIMESTEPS[0], dtype=torch.float64)
+    masked = network(inputs.noise[0], timesteps, inputs.text, clean=video, segment_frames=per_segment).velocity
+    torch.testing.assert_close(inputs.noise[0] - masked, video, rtol=0, atol=1e-11)
+
+
+# --- windows -------------------------------------------------------------------------------------------------
+
+WINDOWS = [(1, 3, 0), (1, 3, 1), (1, 2, 2), (2, 4, 0), (2, 4, 2), (2, 2, 2), (1, 0, 0)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("per_segment", "window", "sink"), WINDOWS)
+def test_long_rollouts_see_a_window_with_sinks(per_segment: int, window: int, sink: int) -> None:
+    """A ring that overwrites, a training cache that keeps all, and slices by frame index generate the same video."""
+    network, case = wan(), Case(per_segment, 0, 0.0, False, window, sink, frames=10)
+    expected = torch.cat(Reference(network, case, case.inputs()).latents, 1)
+    past = case.frames - per_segment
+    for held in {past, window or past}:
+        video, _ = rollout(causal(network), case.settings, case.inputs(), case.cache(held))
+        torch.testing.assert_close(video, expected, rtol=0, atol=1e-11)
+    if window:
+        unlimited, _ = rollout(causal(network), case.settings, case.inputs(), Case().cache(past))
+        assert (unlimited - expected).abs().max() > 1e-6
+
+
+def written(cache: KVCache, segment_frames: int, count: int) -> list[list[int]]:
+    """Frames that each of `count` segments sees, from a cache whose keys hold their frame's index."""
+    seen = []
+    size = cache.shape
+    for segment in range(count):
+        keys = cache.view()[0][0]
+        seen.append(sorted(keys[0, :: size.tokens_per_frame, 0, 0].int().tolist()))
+        if segment + 1 < count:
+            frames = torch.arange(segment * segment_frames, (segment + 1) * segment_frames, dtype=torch.float32)
+            keys = frames.repeat_interleave(size.tokens_per_frame).view(1, -1, 1, 1)
+            keys = keys.expand(size.batch, -1, size.heads, size.head_dim)
+            cache.write(((keys, keys),) * size.blocks)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fifth_segment_sees"),
+    [
+        ([], list(range(12))),
+        (["rollout.window_frames=6"], [9, 10, 11]),
+        (["rollout.window_frames=9"], [6, 7, 8, 9, 10, 11]),
+        (["rollout.window_frames=9", "rollout.sink_frames=3"], [0, 1, 2, 9, 10, 11]),
+        (["rollout.window_frames=6", "rollout.sink_frames=3"], [0, 1, 2]),
+    ],
+)
+def test_caches_of_a_recipe_count_the_current_segment_into_the_window(
+    overrides: list[str], fifth_segment_sees: list[int]
+) -> None:
+    recipe = load(SMALL, [*overrides, "parallel.compute_dtype=float32"]).recipe
+    assert recipe.video.frames_per_segment == 3
+    training = kv_cache(recipe, 2, 21, CPU)
+    streaming = kv_cache(recipe, 2, 21, CPU, streaming=True)
+    assert training.shape.frames == 18
+    assert streaming.shape.frames == (recipe.rollout.window_frames - 3 if recipe.rollout.window_frames else 18)
+    seen = written(training, 3, 7)
+    assert seen == written(streaming, 3, 7)
+    assert seen[4] == fifth_segment_sees
+
+
+def test_settings_of_a_recipe_are_warped() -> None:
+    recipe = load(SMALL, ["rollout.steps=[1000, 750, 500, 250]", "flow.shift=5", "rollout.kv_grad=leaky"]).recipe
+    settings = rollout_settings(recipe)
+    assert settings.timesteps == pytest.approx((1000, 937.5, 2500 / 3, 625))
+    assert (settings.frames_per_segment, settings.context_timestep, settings.leaky) == (3, 0.0, True)
