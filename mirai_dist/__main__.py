@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mirai_dist.runtime.guard import guarded
+from mirai_dist.runtime.signals import StopRequest
+
+if TYPE_CHECKING:
+    from mirai_dist.config.schema import Recipe
+    from mirai_dist.runtime.bootstrap import World
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -17,45 +26,73 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Train the recipe on this rank and its peers. Returns the exit code."""
     from mirai_dist.config import load
     from mirai_dist.config.digest import to_yaml
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
+    from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
     from mirai_dist.cycle.pipeline import Place, run_pipeline
     from mirai_dist.cycle.study import report
     from mirai_dist.observe.console import Console
     from mirai_dist.runtime import bootstrap
-    from mirai_dist.runtime.signals import StopRequest
 
     resolved = load(options.recipe, options.overrides)
-    stop = StopRequest(options.run_dir / "STOP").install()
     ranks = bootstrap.start()
-    console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
+    if stop.agreed():
+        raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
     check_layout(resolved.recipe, ranks.world_size)
     used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
-    if ranks.rank == 0:
-        (options.run_dir / "recipe.yaml").write_text(to_yaml(resolved.recipe))
-        (options.run_dir / "effective.yaml").write_text(used)
-    console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
-    for line in used.splitlines():
-        console.say(f"  {line}")
-    place = Place(ranks, options.run_dir, console, stop)
-    run_pipeline(resolved, place)
-    report(resolved, place)
-    console.close()
+    claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
+    console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
+    try:
+        console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
+        for line in used.splitlines():
+            console.say(f"  {line}")
+        place = Place(ranks, options.run_dir, console, stop)
+        run_pipeline(resolved, place)
+        with stop.raising(Stopped("stopped before the report was written; run the same command to write it")):
+            report(resolved, place)
+    finally:
+        console.close()
     bootstrap.stop(ranks)
     return 0
+
+
+def claim(options: argparse.Namespace, recipe: Recipe, ranks: World, texts: Mapping[str, str]) -> None:
+    """Write what describes the run into its directory, from rank 0 and for all.
+
+    Raises RecipeError on all ranks, with nothing written, if the directory is not this recipe's (config/rundir.py).
+    """
+    import torch.distributed as dist
+
+    from mirai_dist.config import RecipeError, rundir
+
+    refusal: list[tuple[str, str] | None] = [None]
+    if ranks.rank == 0:
+        try:
+            rundir.check(options.run_dir, recipe, options.resume)
+            options.run_dir.mkdir(parents=True, exist_ok=True)
+            for name, text in texts.items():
+                beside = options.run_dir / f"{name}.new"
+                beside.write_text(text)
+                beside.replace(options.run_dir / name)
+        except RecipeError as error:
+            refusal[0] = error.where, error.what
+        except OSError as error:
+            refusal[0] = str(options.run_dir), f"cannot be written ({error}); name another with --run-dir"
+    dist.broadcast_object_list(refusal, src=0, device=ranks.device)
+    if refusal[0] is not None:
+        raise RecipeError(*refusal[0])
 
 
 def main() -> int:
     """Entry point of a rank; an exception leaves a record and exits hard."""
     options = parse(sys.argv[1:])
-    from mirai_dist.runtime.guard import guarded
-
-    return guarded(lambda: run(options), options.run_dir)
+    stop = StopRequest(options.run_dir / "STOP").install()
+    return guarded(lambda: run(options, stop), options.run_dir)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def prepare(request: Request, env: Mapping[str, str], gpus: int) -> Launch:
     """
     ours = ["-m", "mirai_dist", "--recipe", str(request.recipe), "--run-dir", str(request.run_dir)]
     ours += ["--resume", request.resume, *request.overrides]
-    started = _started_ranks(env)
+    started = started_ranks(env)
     if started is not None:
         if request.nproc not in (None, started):
             what = f"--nproc {request.nproc}, and the launcher around this process has started {started} ranks"
@@ -48,7 +48,7 @@ def prepare(request: Request, env: Mapping[str, str], gpus: int) -> Launch:
         return Launch([sys.executable, *ours], dict(env), started)
     _refuse_idle_nodes(env)
     ranks = request.nproc or gpus or CPU_RANKS
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = ["-m", "mirai_dist.runtime.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
     threads = {"OMP_NUM_THREADS": "1"} if ranks > 1 and "OMP_NUM_THREADS" not in env else {}
     return Launch([sys.executable, *torchrun, *ours], {**env, **threads}, ranks)
 
@@ -63,7 +63,7 @@ def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     return len([path for path in devices.glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()])
 
 
-def _started_ranks(env: Mapping[str, str]) -> int | None:
+def started_ranks(env: Mapping[str, str]) -> int | None:
     """World size if torchrun or srun started this process as one of its ranks."""
     if "RANK" in env and "WORLD_SIZE" in env:
         return _number(env, "WORLD_SIZE")

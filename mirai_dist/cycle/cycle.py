@@ -17,7 +17,7 @@ from mirai_dist.runtime.signals import StopRequest
 
 
 class Stopped(RuntimeError):
-    """A signal asked for the run to end; its state is saved and it wants to be requeued."""
+    """A signal or a STOP file asked for the run to end; its state is saved and it wants to be requeued."""
 
     exit_code = 10
 
@@ -40,7 +40,7 @@ class Loop:
                 if self.stop.agreed():
                     self.saver.save(stage)
                     raise Stopped(
-                        f"stopped by a signal in {title} before cycle {stage.cycle} "
+                        f"stopped by {self.stop.reason or 'a signal'} in {title} before cycle {stage.cycle} "
                         f"position {stage.position}; run the same command to go on"
                     )
                 if stage.position == 0 and self.saver.due(stage):

@@ -46,8 +46,9 @@ def update(
             (loss / len(batch)).backward()
     where = f"phase {phase}, cycle {stage.cycle}, position {stage.position}, timesteps {stage.timesteps} on this rank"
     with stage.ledger.phase("optimizer"):
-        for role in roles:
-            for name, value in role.step(where).items():
+        norms = [role.norm(where) for role in roles]  # all are checked before any is stepped
+        for role, norm in zip(roles, norms, strict=True):
+            for name, value in role.step(norm).items():
                 stage.metrics.add(name, value)
 
 

@@ -62,28 +62,29 @@ class Role:
         if ema and ema.decay > 0 and self.average is None and self.updates >= ema.start_update:
             self.average = Ema(self.network, ema.decay)
 
-    def step(self, where: str) -> dict[str, float]:
-        """One optimizer step at this network's own learning rate; returns what is worth logging.
+    def norm(self, where: str) -> Tensor:
+        """Global gradient norm. Raises NonFiniteError naming this network and `where` it happened."""
+        try:
+            return self.engine.norm(self.network)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{self.name}: {error} at its update {self.updates}, {where}; "
+                "nothing was stepped; look at the data and rates, then resume"
+            ) from error
 
-        Raises NonFiniteError naming this network and `where` it happened, before the optimizer moves.
-        """
+    def step(self, norm: Tensor) -> dict[str, float]:
+        """One optimizer step at this network's own learning rate, clipped; returns what is worth logging."""
         assert self.optimizer is not None and self.training is not None
         settings = self.training.optimizer
         rate = learning_rate(settings, self.updates, self.training.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        try:
-            norm = self.engine.step(self.network, self.optimizer, settings.clip_norm)
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{self.name}: {error} at its update {self.updates}, {where}; "
-                "it was not stepped; look at the data and rates, then resume"
-            ) from error
+        self.engine.step(self.network, self.optimizer, settings.clip_norm, norm)
         self.updates += 1
         if self.average is not None:
             self.average.update()
         self.average_if_due()
-        return {f"grad_norm/{self.name}": norm, f"lr/{self.name}": rate}
+        return {f"grad_norm/{self.name}": norm.item(), f"lr/{self.name}": rate}
 
 
 def learning_rate(settings: schema.Optimizer, update: int, total: int) -> float:

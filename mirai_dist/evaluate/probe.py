@@ -18,7 +18,7 @@ from mirai_dist.models.vae import GROUP, STRIDE
 from mirai_dist.models.wan.model import PATCH
 
 HELD_OUT = 0.25  # fraction of the clips that no decoder is trained on
-WIDTH, RATE, BATCH = 256, 2e-3, 512
+WIDTH, RATE, BATCH = 128, 2e-3, 256
 
 
 @dataclass(frozen=True)

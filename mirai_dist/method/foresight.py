@@ -42,8 +42,11 @@ PRESETS = {
 
 
 def captured_blocks(blocks: int, depth: float, arithmetic: Arithmetic) -> int:
-    """Blocks executed before the residual stream is read: 15 of 30 and 20 of 40 at depth 0.5 (release: +1)."""
-    return min(blocks, round(blocks * depth) + arithmetic.extra_blocks)
+    """Blocks executed before the residual stream is read: 15 of 30 and 20 of 40 at depth 0.5 (release: +1).
+
+    At least one and at most all.
+    """
+    return min(blocks, max(1, round(blocks * depth) + arithmetic.extra_blocks))
 
 
 def supervised_segments(segments: int, offsets: Sequence[int]) -> list[int]:

@@ -102,7 +102,8 @@ def segments(
     leaked: list[KeysValues] = []
     for first in range(0, total, frames):
         noise = inputs.noise[:, :, first : first + frames]
-        past = Past(_joined(leaked, cache.visible_frames(), frames) if leaked else cache.view(), text_keys_values, first)
+        held = _joined(leaked, cache.visible_frames(), frames) if leaked else cache.view()
+        past = Past(held, text_keys_values, first)
         noisy = noise[0]
         with torch.no_grad():
             for step in range(inputs.exit_step):

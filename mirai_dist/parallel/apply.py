@@ -6,6 +6,8 @@ fully_shard(unit) for each unit    blocks first, the root last, so the root owns
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +22,8 @@ def apply(network: nn.Module, plan: ShardPlan, mesh: DeviceMesh) -> FSDPModule:
     compute = getattr(torch, plan.compute_dtype)
     reduce = torch.promote_types(compute, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+    # Segments' keys and values leave a network as views on purpose; nothing here writes in place into an output.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     recompute(network, plan.recompute)
     for unit in plan.units:
         module = network.get_submodule(unit.path) if unit.path else network

@@ -43,21 +43,19 @@ class FsdpEngine:
         assert isinstance(network, FSDPModule)
         network.set_requires_gradient_sync(last or plan.sync_every_micro_batch)
 
-    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
-        """Clip by the global norm and step. Returns the norm before clipping, equal on all ranks.
-
-        Raises NonFiniteError, on all ranks alike, before anything moves.
-        """
-        parameters = [p for p in network.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    def norm(self, network: nn.Module) -> Tensor:
+        """Global gradient norm, equal on all ranks. Raises NonFiniteError, on all ranks alike, when it is not finite."""
+        norm = get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
         whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        value = whole.item()
         if not torch.isfinite(whole):
-            raise NonFiniteError(f"gradient norm is {value}")
-        clip_grads_with_norm_(parameters, clip_norm, whole)
+            raise NonFiniteError(f"gradient norm is {whole.item()}")
+        return whole
+
+    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, norm: Tensor) -> None:
+        """Scale gradients of this global norm down to `clip_norm`, step, and forget them."""
+        clip_grads_with_norm_([p for p in network.parameters() if p.grad is not None], clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value
 
     def release(self, network: nn.Module) -> None:
         """Free gathered parameters, so that a later forward gathers the stepped or loaded ones."""

@@ -1,4 +1,4 @@
-"""The way out of an error: a record, one line, and a hard exit.
+"""The way out of an error or a stop: a record, one line, and a hard exit.
 
 No collective and no tidy shutdown: after an error inside a collective both may wait for ever, and a rank that
 does not exit holds the whole allocation.
@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 FAILED = 1
+REQUEUE = 10
 DO_NOT_REQUEUE = 20
+SUSPECT_NODE = 30
+PATIENCE = 5.0  # seconds another rank waits for rank 0 to fail by the same error
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_RECENT = 60.0  # seconds; an older record is of an earlier attempt
 
 
 def exit_code(error: BaseException) -> int:
@@ -52,20 +56,53 @@ def guarded(main: Callable[[], int | None], run_dir: Path, rank: int | None = No
 
 
 def leave(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
-    """Record the exception, say one line on standard error and end the process at once."""
+    """Record the exception, say one line on standard error and end the process at once.
+
+    An error that all ranks share is told by rank 0 alone. A stop on request (its class says to requeue) is no
+    failure: it leaves no record.
+    """
     code = exit_code(error)
     try:
-        where = _write_record(error, code, run_dir, rank)
-        if not _is_users(error):
-            traceback.print_exception(error, file=sys.stderr)
-        summary = " ".join(str(error).split()) or "no message"
-        # Not through the console: it may be what failed, or hold a lock that nobody will give back.
-        sys.stderr.write(f"{socket.gethostname()}:{rank} {type(error).__name__}: {summary}; {where}\n")
+        if _class_code(error) == REQUEUE:
+            if rank == 0:
+                _say(rank, str(error))
+        else:
+            _tell(error, _write_record(error, code, run_dir, rank), run_dir, rank)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _tell(error: BaseException, where: str, run_dir: Path, rank: int) -> None:
+    explains_itself = _class_code(error) == DO_NOT_REQUEUE
+    if explains_itself and rank != 0 and _rank_zero_tells(error, run_dir):
+        return
+    if not explains_itself:
+        traceback.print_exception(error, file=sys.stderr)
+    _say(rank, f"{type(error).__name__}: {str(error) or 'no message'}; {where}")
+
+
+def _say(rank: int, text: str) -> None:
+    # Not through the console: it may be what failed, or hold a lock that nobody will give back.
+    sys.stderr.write(f"{socket.gethostname()}:{rank} {' '.join(text.split())}\n")
+
+
+def _rank_zero_tells(error: BaseException, run_dir: Path) -> bool:
+    """Whether rank 0 failed by the same error: its record is there, or comes within moments."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            record = json.loads(_record_path(run_dir, 0).read_text(encoding="utf-8"))
+        except OSError:
+            record = {"time": 0.0}
+        same = (record.get("type"), record.get("message")) == (type(error).__name__, str(error))
+        if same and abs(time.time() - record["time"]) < _RECENT:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
 
 
 def environment_rank() -> int:
@@ -84,22 +121,29 @@ def _write_record(error: BaseException, code: int, run_dir: Path, rank: int) -> 
         "time": time.time(),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    path = run_dir / "logs" / f"failure-rank-{rank}.json"
+    path = _record_path(run_dir, rank)
+    beside = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with beside.open("w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        beside.replace(path)  # other ranks read rank 0's
     except OSError as full:
         # The error itself is still told on the console; the reason there is no record belongs beside it.
         return f"no record ({full})"
     return f"see {path}"
 
 
-def _is_users(error: BaseException) -> bool:
-    """Errors that explain themselves in one line: those whose class says not to requeue."""
-    return getattr(type(error), "exit_code", None) == DO_NOT_REQUEUE
+def _record_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"failure-rank-{rank}.json"
+
+
+def _class_code(error: BaseException) -> int | None:
+    """What the exception's own class says: it then explains itself in one line."""
+    code = getattr(type(error), "exit_code", None)
+    return code if isinstance(code, int) else None
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

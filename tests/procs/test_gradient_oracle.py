@@ -28,6 +28,7 @@ from mirai_dist.state.draws import Draws
 from mirai_dist.state.ema import named_tensors
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
+from tests.procs.tiny import TIMEOUT
 
 CYCLES = (0, 3)  # whose exit steps are the first and the last
 SAMPLES = [0, 1, 2, 3]
@@ -39,12 +40,11 @@ class KeptGradients(FsdpEngine):
 
     kept: dict[int, Gradients] = {}
 
-    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
+    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, norm: Tensor) -> None:
         self.kept[id(network)] = {
             name: tiny.whole(tensor.grad) for name, tensor in named_tensors(network).items() if tensor.grad is not None
         }
         optimizer.zero_grad(set_to_none=True)
-        return 1.0
 
 
 def gradients_of(stage: Any, cycle: int) -> Gradients:
@@ -209,7 +209,7 @@ def expected(overrides: tuple[str, ...], cycle: int) -> Gradients:
         run, cursor = tiny.run_of(recipe), Cursor(tiny.SEED, "distil/generator", size=None)
         return run.encode([cursor.index(n) for n in SAMPLES], SAMPLES).double(), run.negative.double()
 
-    return Reference(recipe).gradients(cycle, *run_threads(1, body, 60)[0])
+    return Reference(recipe).gradients(cycle, *run_threads(1, body, timeout=TIMEOUT)[0])
 
 
 def worst(found: Gradients, reference: Gradients) -> tuple[float, str]:
@@ -273,7 +273,7 @@ def errors_of(cases: list[Case], dtype: str) -> Callable[[int], list[tuple[float
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_float64_gradient_is_the_reference(threads, ranks: int) -> None:
     with tiny.lively("float64"):
-        for errors in threads(ranks)(errors_of(CASES[ranks], "float64")):
+        for errors in threads(ranks, timeout=TIMEOUT)(errors_of(CASES[ranks], "float64")):
             assert max(errors)[0] < 1e-12, max(errors)
 
 
@@ -284,14 +284,14 @@ def test_float64_gradient_is_the_reference_in_every_combination(threads, ranks: 
     shardings = itertools.product(("block", "network"), (True, False), ("block", "none"), rollouts)
     cases = [Case(*sharding, replicas=replicas) for sharding in shardings for replicas in (1, 2) if ranks % replicas == 0]
     with tiny.lively("float64"):
-        for errors in threads(ranks, timeout=300)(errors_of(cases, "float64")):
+        for errors in threads(ranks, timeout=TIMEOUT)(errors_of(cases, "float64")):
             assert max(errors)[0] < 1e-12, max(errors)
 
 
 def test_float32_gradient_is_the_reference_to_its_precision(threads) -> None:
     cases = [Case("block", True, "block", (LEAKY,)), Case("network", False, "none", (DETACHED,))]
     with tiny.lively():
-        for errors in threads(2)(errors_of(cases, "float32")):
+        for errors in threads(2, timeout=TIMEOUT)(errors_of(cases, "float32")):
             assert max(errors)[0] < 1e-5, max(errors)
 
 
@@ -302,7 +302,7 @@ def test_bfloat16_recomputation_changes_no_bit(threads) -> None:
         return [gradients_of(tiny.stage_of(case.recipe("bfloat16"), "distil", KeptGradients), 3) for case in cases]
 
     with tiny.lively():
-        for recomputed, kept in threads(2)(body):
+        for recomputed, kept in threads(2, timeout=TIMEOUT)(body):
             assert not tiny.unequal(recomputed, kept)
             assert all(g.dtype == torch.float32 and g.isfinite().all() for g in kept.values())
             error, name = worst(kept, expected((LEAKY,), 3))

@@ -17,6 +17,7 @@ from mirai_dist.cycle import phases
 from mirai_dist.cycle.stages import Stage
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
+from tests.procs.tiny import TIMEOUT
 
 RANKS, CYCLES = 2, 2
 SCHEDULE = [f"{optimizer}.{key}" for key in ("schedule=cosine", "warmup=2")
@@ -78,7 +79,7 @@ def watched() -> list[dict[str, tuple[list[Seen], list[dict[str, float]]]]]:
         return found
 
     with tiny.lively(), watching() as seen:
-        return run_threads(RANKS, body, 60)
+        return run_threads(RANKS, body, timeout=TIMEOUT)
 
 
 @pytest.mark.parametrize("stage", PHASES)
@@ -145,11 +146,11 @@ def test_weight_zero_is_bit_identical_to_no_foresight_at_all(threads) -> None:
         return tiny.everything(stage)
 
     with tiny.lively():
-        found = threads(RANKS)(body)
+        found = threads(RANKS, timeout=TIMEOUT)(body)
         with ExitStack() as patches:
             for name in absent:
                 patches.enter_context(mock.patch.object(phases, name, untouchable))
-            missing = threads(RANKS)(without)
+            missing = threads(RANKS, timeout=TIMEOUT)(without)
     for (first, second, different), third in zip(found, missing, strict=True):
         assert not tiny.unequal(first, second)
         assert not tiny.unequal(first, third)

@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
+from mirai_dist.attention.patterns import Full, Pattern, SegmentCausal, TeacherForced
+from mirai_dist.method.foresight import PRESETS, foresight_loss
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from mirai_kernels.cosine_head.reference import cosine_head
 from mirai_kernels.segment_prefix_attention.reference import (
@@ -13,10 +17,6 @@ from mirai_kernels.segment_prefix_attention.reference import (
     segment_causal_mask,
     teacher_forced_mask,
 )
-from torch import Tensor
-
-from mirai_dist.attention.patterns import Full, Pattern, SegmentCausal, TeacherForced
-from mirai_dist.method.foresight import PRESETS, foresight_loss
 
 HEADS, WIDTH = 2, 4
 

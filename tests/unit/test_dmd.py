@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from mirai_dist.method.dmd import Conditioning, dmd_loss, guided, noised, score_difference, score_timestep
+from mirai_dist.method.dmd import Conditioning, Velocity, dmd_loss, guided, noised, score_difference, score_timestep
 
 SHAPE = (2, 3, 4, 2, 2)
 PROMPTS = Conditioning(torch.ones(2, 5, 6, dtype=torch.float64), torch.zeros(1, 5, 6, dtype=torch.float64))
@@ -25,10 +25,7 @@ def at(*timesteps: float) -> Tensor:
     return torch.tensor(timesteps, dtype=torch.float64)
 
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def denoising_to(estimate: Callable[[Tensor, Tensor], Tensor]) -> Network:
+def denoising_to(estimate: Callable[[Tensor, Tensor], Tensor]) -> Velocity:
     """A network whose x0 is estimate(latent, text)."""
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -37,7 +34,7 @@ def denoising_to(estimate: Callable[[Tensor, Tensor], Tensor]) -> Network:
     return velocity
 
 
-def constant(fake: Tensor, real: Tensor) -> tuple[Network, Network]:
+def constant(fake: Tensor, real: Tensor) -> tuple[Velocity, Velocity]:
     """(teacher, critic) with fixed x0; the teacher's does not depend on the prompt."""
     repeat = denoising_to(lambda latent, text: real.repeat(latent.shape[0] // real.shape[0], 1, 1, 1, 1))
     return repeat, denoising_to(lambda latent, text: fake)
@@ -145,10 +142,10 @@ DATA, GENERATOR = (0.7, 0.5), (-0.4, 1.3)  # mean and standard deviation
 
 
 def gaussian(mean: float, std: float) -> Normal:
-    return Normal(*at(mean, std))  # of Python floats it would be single precision
+    return Normal(at(mean), at(std))  # of Python floats it would be single precision
 
 
-def exact(mean: float, std: float) -> Network:
+def exact(mean: float, std: float) -> Velocity:
     """Velocity E[noise - x0 | x_t] when x0 is N(mean, std^2) in every coordinate."""
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

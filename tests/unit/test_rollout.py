@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -64,7 +63,9 @@ class Recorder:
         return Output(latent / 2, hidden, ((own, own),), ((text, text),))
 
 
-def notes_of(exit_step: int, with_gradient: bool, settings: RolloutSettings, frames: int = 6) -> tuple[Recorder, Tensor]:
+def notes_of(
+    exit_step: int, with_gradient: bool, settings: RolloutSettings, frames: int = 6
+) -> tuple[Recorder, Tensor]:
     """A rollout of the recorder: its notes and the noise it got."""
     network = Recorder()
     noise = torch.randn(len(settings.timesteps) + 1, 2, frames, 3, 2, 2, generator=generator(0), dtype=torch.float64)

@@ -47,7 +47,11 @@ def test_rotation_against_complex_multiplication() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    frames=st.integers(1, 6), first=st.integers(0, 1000), rows=st.integers(1, 4), columns=st.integers(1, 4), data=st.data()
+    frames=st.integers(1, 6),
+    first=st.integers(0, 1000),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    data=st.data(),
 )
 def test_a_segment_is_rotated_as_its_frames_in_the_whole_video(
     frames: int, first: int, rows: int, columns: int, data: st.DataObject

@@ -11,7 +11,7 @@ from mirai_dist.models.wan.keys import from_diffusers, to_diffusers
 from tests.tiny_wan import SHAPE, fill, latents, prompts, wan
 
 pytest.importorskip("diffusers")
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel  # noqa: E402
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 SMALL = WanShape(dim=1536, ffn_dim=8960, heads=12, blocks=30)
 

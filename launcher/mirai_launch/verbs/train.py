@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from mirai_dist.config import load
+from mirai_dist.config import load, rundir
 from mirai_dist.config.rules import check_layout
-from mirai_launch import local, rundir
+from mirai_launch import local
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +26,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def prepare(arguments: argparse.Namespace) -> local.Launch:
-    """Everything `run` does short of becoming the run."""
-    recipe = load(arguments.recipe, arguments.overrides).recipe
-    run_dir = arguments.run_dir or rundir.default(recipe)
+    """Everything `run` does short of becoming the run.
+
+    Ranks that a launcher has started already check for themselves, and tell once what each of them would tell here.
+    """
+    recipe, run_dir = None, arguments.run_dir
+    if run_dir is None or local.started_ranks(os.environ) is None:
+        recipe = load(arguments.recipe, arguments.overrides).recipe
+        run_dir = run_dir or rundir.default(recipe)
     request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
     launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
-    check_layout(recipe, launch.ranks)
-    rundir.check(run_dir, recipe, arguments.resume)
+    if recipe is not None:
+        check_layout(recipe, launch.ranks)
+        rundir.check(run_dir, recipe, arguments.resume)
     return launch
 
 

@@ -1,11 +1,15 @@
-"""The run directory: where it is, and whether this recipe may go on in it. Nothing here writes."""
+"""The run directory: where it is, and whether this recipe may go on in it. Nothing here writes.
+
+`mirai train` asks before it starts anything; rank 0 asks again, however the ranks were started.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mirai_dist.config import RecipeError, load
 from mirai_dist.config.digest import conflicts, digest
+from mirai_dist.config.error import RecipeError
+from mirai_dist.config.load import load
 from mirai_dist.config.schema import Recipe
 
 _CHECKPOINTS = ("stages/*/checkpoints/cycle-*", "stages/*/*/seed-*/checkpoints/cycle-*")
