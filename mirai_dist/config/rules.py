@@ -358,6 +358,18 @@ def _ema_off(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((key,), f"{key} has no effect: decay 0 turns the average off; remove it")
 
 
+@rule("consistency-average")
+def _consistency_average(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in _of_kind(recipe, "consistency"):
+        key = f"stages.{name}.ema"
+        needs = "the target of a consistency stage is the moving average"
+        if stage.ema.decay == 0:
+            yield Problem((f"{key}.decay",), f"{key}.decay is 0, and {needs}; use more than 0, such as 0.95")
+        if stage.ema.start_update:
+            what = f"{key}.start_update is {stage.ema.start_update}, and {needs} from the first update on; remove it"
+            yield Problem((f"{key}.start_update",), what)
+
+
 # --- rollout, dmd, foresight ---------------------------------------------------------------------------------
 
 
@@ -382,9 +394,10 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
             near = " or ".join(str(each) for each in _multiples_around(frames, length))
             what = f"rollout.{name} {frames} is not a whole number of segments of {length} frames; use {near}"
             yield Problem((f"rollout.{name}", "video.frames_per_segment"), what)
-    if window and window < sink + length:
-        what = f"rollout.window_frames {window} cannot hold the sink ({sink}) and one segment ({length})"
-        what = f"{what}; use at least {sink + length}, or 0 for all frames"
+    least = length + (sink or length)  # a window that shows no earlier frame would make segments independent
+    if window and window < least:
+        what = f"rollout.window_frames {window} cannot hold the present segment ({length}) and any earlier frame"
+        what = f"{what} (sink {sink}); use at least {least}, or 0 for all frames"
         yield Problem(("rollout.window_frames", "rollout.sink_frames"), what)
 
 

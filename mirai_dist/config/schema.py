@@ -48,11 +48,8 @@ class World:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The frozen text encoder."""
+    """The frozen text encoder: fixed embeddings of the world's closed vocabulary."""
 
-    encoder: str = key(
-        "vocabulary", help="vocabulary: fixed embeddings of the world's closed vocabulary", choices=("vocabulary",)
-    )
     dim: int = key(help="width of a text embedding (UMT5-XXL: 4096)")
     length: int = key(help="positions a prompt is padded to with zeros (Wan: 512)")
 

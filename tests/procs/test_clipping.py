@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -105,12 +104,62 @@ def test_one_bad_element_on_one_rank_stops_all(threads, value: float) -> None:
 
 
 class Poisoned(FsdpEngine):
-    """Puts a NaN into one shard of rank 1's gradient of the network that is the test's victim."""
+    """Finds a NaN in one element of rank 1's shards of the networks it is told, when their norm is asked for."""
 
-    victim: nn.Module | None = None
+    victims: list[nn.Module] = []
 
     def norm(self, network: nn.Module) -> Tensor:
-        if network is getattr(POISON, "victim", None) and dist.get_rank() == 1:
-            gradient = next(p.grad for p in network.parameters() if p.grad is not None and local(p.grad).numel())
-            local(gradient).reshape(-1)[0] = float("nan")
+        if any(network is victim for victim in self.victims):
+            gradients = [local(p.grad) for p in network.parameters() if p.grad is not None]
+            next(g for g in gradients if g.numel()).view(-1)[0] = float("nan")
         return super().norm(network)
+
+
+class Case(NamedTuple):
+    """Whose gradient is poisoned at which position of the first cycle, in which phase, and what has moved before."""
+
+    role: str
+    position: int
+    phase: str
+    moved: tuple[str, ...] = ()
+
+
+CASES = [Case("generator", 0, "generator"), Case("predictor", 0, "generator"), Case("critic", 1, "critic"),
+         Case("predictor", 1, "replay", moved=("critic",))]
+
+
+def stopped(stage: Any, case: Case) -> None:
+    """The position raises, naming network and phase, and nothing that belongs to the phase has moved."""
+    before, updates = tiny.shard_digests(stage), {name: role.updates for name, role in stage.roles.items()}
+    where = f"phase {case.phase}, cycle 0, position {case.position}, timesteps \\["
+    with pytest.raises(NonFiniteError, match=f"^{case.role}: gradient norm is nan at its update .*{where}") as raised:
+        stage.step()
+    assert raised.value.exit_code == 20 and "\n" not in str(raised.value)
+    after = tiny.shard_digests(stage)
+    assert {name.partition("/")[2] for name in after if after[name] != before.get(name)} == set(case.moved)
+    assert [n for n, role in stage.roles.items() if role.updates != updates[n]] == list(case.moved)
+
+
+def test_a_bad_gradient_stops_every_rank_before_any_optimizer_moves(threads) -> None:
+    recipe = tiny.recipe()
+
+    def body(rank: int) -> None:
+        for case in CASES:
+            stage = tiny.stage_of(recipe, "distil", Poisoned)
+            tiny.train(stage, case.position)
+            if rank == 1:
+                Poisoned.victims.append(stage.roles[case.role].network)
+            stopped(stage, case)
+
+    with tiny.lively(), mock.patch.object(Poisoned, "victims", []):
+        threads(2, timeout=TIMEOUT)(body)
+
+
+def test_a_bad_loss_on_one_rank_stops_every_rank(threads) -> None:
+    recipe, dmd_loss = tiny.recipe("parallel.unit=block"), phases.dmd_loss
+
+    def broken_on_rank_one(*arguments: Any) -> Tensor:
+        return dmd_loss(*arguments) * (float("nan") if dist.get_rank() == 1 else 1.0)
+
+    with tiny.lively(), mock.patch.object(phases, "dmd_loss", broken_on_rank_one):
+        threads(2, timeout=TIMEOUT)(lambda rank: stopped(tiny.stage_of(recipe, "distil"), CASES[0]))
