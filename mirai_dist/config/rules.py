@@ -401,6 +401,15 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("rollout.window_frames", "rollout.sink_frames"), what)
 
 
+@rule("report-frames")
+def _report_frames(recipe: Recipe) -> Iterator[Problem]:
+    if _of_kind(recipe, "dmd") and recipe.video.latent_frames < 4:
+        frames = recipe.video.latent_frames
+        yield Problem(
+            ("video.latent_frames",), f"video.latent_frames {frames}: the report needs at least 4 to measure motion"
+        )
+
+
 @rule("score-timesteps")
 def _score_timesteps(recipe: Recipe) -> Iterator[Problem]:
     low, high = recipe.dmd.min_timestep, recipe.dmd.max_timestep
@@ -422,9 +431,10 @@ def _offsets(recipe: Recipe) -> Iterator[Problem]:
 @rule("shuffled-targets")
 def _shuffled_targets(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in _of_kind(recipe, "dmd"):
-        if recipe.foresight.targets == "shuffled" and stage.batch.global_size < 2:
-            key = f"stages.{name}.batch.global_size"
-            what = f"foresight.targets shuffled needs another sample to take the target from; raise {key} above 1"
+        # The partner is the next sample of the same micro-batch: alone in one, a sample would keep its own target.
+        if recipe.foresight.targets == "shuffled" and stage.batch.micro_size < 2:
+            key = f"stages.{name}.batch.micro_size"
+            what = f"foresight.targets shuffled takes the target from another sample run at once; raise {key} above 1"
             yield Problem(("foresight.targets", key), what)
 
 

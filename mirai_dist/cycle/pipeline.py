@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,10 @@ def train(job: Job, place: Place) -> None:
         job.directory / "checkpoints", job.recipe.checkpoint, digest(job.recipe), place.ranks.rank, place.console
     )
     saver.resume(stage)
-    sinks = Sinks.of_stage(place.ranks.rank, job.directory)
-    sinks.text("effective", f"```\n{(place.run_dir / 'effective.yaml').read_text()}```", stage.cycle)
-    Loop(saver, Watch(place.console, sinks), place.stop).run(stage, job.title)
-    show(stage, job, sinks)
-    sinks.close()
+    with closing(Sinks.of_stage(place.ranks.rank, job.directory)) as sinks:
+        sinks.text("effective", f"```\n{(place.run_dir / 'effective.yaml').read_text()}```", stage.cycle)
+        Loop(saver, Watch(place.console, sinks), place.stop).run(stage, job.title)
+        show(stage, job, sinks)
     if place.ranks.rank == 0:
         mark_done(job, {"cycles": stage.cycle, "seconds": time.time() - started})
 

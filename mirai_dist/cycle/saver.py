@@ -58,7 +58,8 @@ class Saver:
         stage.prepare_to_load(described.extras)
         state = stage.state()
         mine = set(stage.own_samples())
-        wanted = {cache: [s for s in held if s in mine] for cache, held in described.samples.items()}
+        # a cache that was empty when it was saved (an arm without foresight) left nothing in the file
+        wanted = {cache: [s for s in described.samples.get(cache, []) if s in mine] for cache in state.samples}
         checkpoint.load(path, state, wanted, stage.run.draws.device)
         stage.after_load(state.samples)
         self.console.say(f"{stage.name}: resumed at cycle {stage.cycle} position {stage.position} from {path.name}")

@@ -152,7 +152,7 @@ def _agent(forwarder: Forwarder) -> type:
     class Agent(LocalElasticAgent):
         def _start_workers(self, worker_group: Any) -> dict[int, Any]:
             with forwarder.starting():
-                pids = super()._start_workers(worker_group)
+                pids = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]  decorated untyped
                 forwarder.started(pids.values())
             return pids
 

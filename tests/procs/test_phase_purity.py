@@ -125,7 +125,7 @@ OTHERWISE = ("foresight.preset=release", "foresight.offsets=[0,2]", "foresight.d
 
 
 def test_weight_zero_is_bit_identical_to_no_foresight_at_all(threads) -> None:
-    off, otherwise, on = (tiny.recipe(*overrides) for overrides in (
+    off, otherwise, on = (tiny.recipe("stages.distil.batch.micro_size=2", *overrides) for overrides in (
         ["foresight.weight=0"], ["foresight.weight=0", *OTHERWISE], ["foresight.weight=0.2"]))
     untouchable = mock.NonCallableMock(spec=[], name="foresight")
     absent = ("_foresight", "replay_update", "foresight_method", "features_of")

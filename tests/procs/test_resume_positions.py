@@ -105,6 +105,22 @@ def test_the_straight_runs_hold_what_a_checkpoint_could_lose(straight, folder: P
     assert [sorted(state["averages"]) for state in states] == [[], ["teacher"]]
 
 
+def test_an_arm_without_foresight_resumes_too(threads, tmp_path: Path) -> None:
+    """Its replay cache is empty, so the checkpoint holds no sample at all."""
+    recipe = tiny.recipe("foresight.weight=0", *ONE_BLOCK)
+
+    def body(rank: int) -> None:
+        stage, again = tiny.stage_of(recipe, "distil"), tiny.stage_of(recipe, "distil")
+        tiny.train(stage, 1)
+        saver(tmp_path, stage, 1).save(stage)
+        assert saver(tmp_path, again, 1).resume(again)
+        assert tiny.train(again, 2) == tiny.train(stage, 2)
+        assert not tiny.unequal(tiny.everything(again), tiny.everything(stage))
+
+    with tiny.lively():
+        threads(RANKS, timeout=TIMEOUT)(body)
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_resume_on_another_world_size(threads, folder: Path, straight, ranks: int) -> None:
     """In the middle of a cycle, so that the replay pairs move to other ranks as well.

@@ -68,6 +68,7 @@ BROKEN = [
     ("window", ["rollout.sink_frames=3"], "rollout.sink_frames has no effect"),
     ("window", ["rollout.window_frames=7"], "use 6 or 9"),
     ("window", ["rollout.window_frames=6", "rollout.sink_frames=6"], "use at least 9"),
+    ("report-frames", ["video.latent_frames=3"], "the report needs at least 4"),
     ("score-timesteps", ["dmd.min_timestep=980"], "dmd.min_timestep 980"),
     ("offsets", ["foresight.offsets=[]"], "from 0 to 3"),
     ("offsets", ["foresight.offsets=[1, 1]"], "foresight.offsets [1, 1]"),
@@ -76,8 +77,8 @@ BROKEN = [
     ("offsets", ["video.frames_per_segment=12"], "from 0 to 0"),
     (
         "shuffled-targets",
-        ["foresight.targets=shuffled", "stages.distil.batch={global_size: 1, micro_size: 1}"],
-        "above 1",
+        ["foresight.targets=shuffled", "stages.distil.batch={global_size: 8, micro_size: 1}"],
+        "stages.distil.batch.micro_size above 1",
     ),
     ("study-size", ["study.seeds=[1, 1]"], "must be different"),
     ("study-size", ["study.seeds=[]"], "at least one"),

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def run(body: str, run_dir: Path, rank: str = "3") -> subprocess.CompletedProces
             "import atexit, sys, threading, time",
             "from pathlib import Path",
             "from mirai_dist.config import RecipeError",
+            "from mirai_dist.runtime import guard",
             "from mirai_dist.runtime.guard import guarded",
             "atexit.register(lambda: print('tidy exit'))",
             "def main():",
@@ -92,11 +94,45 @@ def test_a_failure_leaves_a_record_and_one_line_and_exits_hard(tmp_path: Path) -
 
 
 def test_a_users_error_shows_no_traceback(tmp_path: Path) -> None:
-    result = run("raise RecipeError('x.yaml:3', 'unknown key nmae')", tmp_path)
+    result = run("guard.PATIENCE = 0.2\nraise RecipeError('x.yaml:3', 'unknown key nmae')", tmp_path)
     assert result.returncode == 20
     assert len(result.stderr.splitlines()) == 1
     assert "RecipeError: x.yaml:3: unknown key nmae; see " in result.stderr
     assert "Traceback" in json.loads((tmp_path / "logs/failure-rank-3.json").read_text())["traceback"]
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", ["stopped by SIGTERM"]), ("1", [])])
+def test_a_stop_is_no_failure_and_is_told_once(tmp_path: Path, rank: str, lines: list[str]) -> None:
+    body = "class Stopped(RuntimeError):\n    exit_code = 10\nraise Stopped('stopped by\\nSIGTERM')"
+    result = run(body, tmp_path, rank)
+    assert result.returncode == 10
+    assert [line.partition(f":{rank} ")[2] for line in result.stderr.splitlines()] == lines
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_error_that_all_ranks_share_is_told_by_rank_zero(tmp_path: Path) -> None:
+    shared, own = ("raise RecipeError('x.yaml:3', 'unknown key nmae')", "raise RecipeError('x.yaml:4', 'no')")
+    assert len(run(shared, tmp_path, "0").stderr.splitlines()) == 1
+    assert run(shared, tmp_path, "1").stderr == ""
+    assert json.loads((tmp_path / "logs/failure-rank-1.json").read_text())["exit_code"] == 20
+    assert "x.yaml:4: no; see " in run(f"guard.PATIENCE = 0.2\n{own}", tmp_path, "1").stderr
+
+
+def test_an_error_of_an_earlier_attempt_does_not_silence_this_one(tmp_path: Path) -> None:
+    body = "guard.PATIENCE = 0.2\nraise RecipeError('x.yaml:3', 'unknown key nmae')"
+    run(body, tmp_path, "0")
+    path = tmp_path / "logs/failure-rank-0.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "time": record["time"] - 3600}))
+    assert "unknown key nmae" in run(body, tmp_path, "1").stderr
+
+
+def test_rank_zero_may_come_later(tmp_path: Path) -> None:
+    command = "raise RecipeError('x.yaml:3', 'unknown key nmae')"
+    with ThreadPoolExecutor(2) as ranks:
+        other = ranks.submit(run, command, tmp_path, "1")
+        zero = ranks.submit(run, f"time.sleep(1)\n{command}", tmp_path, "0")
+        assert (other.result().stderr, len(zero.result().stderr.splitlines())) == ("", 1)
 
 
 def test_a_thread_that_never_ends_does_not_keep_the_process(tmp_path: Path) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mirai_dist.config import RecipeError, load
+from mirai_dist.config import RecipeError, load, rundir
 from mirai_dist.config.digest import to_yaml
-from mirai_launch import rundir
 from mirai_launch.__main__ import main
 from mirai_launch.local import Request, prepare, visible_gpus
 from mirai_launch.verbs import train
 
+ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "data" / "small.yaml"
 REQUEST = Request(Path("r.yaml"), Path("runs/x"), overrides=("seed=2",))
 OURS = ["-m", "mirai_dist", "--recipe", "r.yaml", "--run-dir", "runs/x", "--resume", "auto", "seed=2"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = ["-m", "mirai_dist.runtime.torchrun", "--standalone", "--nproc-per-node"]
 STEP = {
     "SLURM_JOB_ID": "4",
     "SLURM_STEP_NODELIST": "n[1-2]",
@@ -135,19 +136,28 @@ def test_the_verb_becomes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert seen[0][1:6] == [*TORCHRUN, "2"]
 
 
+def test_ranks_that_a_launcher_started_check_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a thousand would say the same line; rank 0 says it (tests/procs/test_exit_codes.py)."""
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load(SMALL, ["seed=4"]).recipe))
+    here = arguments("--run-dir", str(tmp_path))
+    with pytest.raises(RecipeError, match="belongs to another recipe"):
+        train.prepare(here)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert train.prepare(here).argv[1:3] == ["-m", "mirai_dist"]
+
+
 def test_the_command_is_one_that_torchrun_understands(tmp_path: Path) -> None:
-    """The real torchrun on the real argument list, with a stand-in for what it runs."""
-    package = tmp_path / "mirai_dist"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    out = tmp_path / "out"
-    (package / "__main__.py").write_text(
+    """The real launcher on the real argument list, with a stand-in for what a rank runs."""
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text(
         "import os, pathlib, sys\n"
-        f"pathlib.Path({str(out)!r} + os.environ['RANK']).write_text(\n"
-        "    ' '.join([os.environ['WORLD_SIZE'], *sys.argv[1:]]))\n"
+        "pathlib.Path(f'out{os.environ[\"RANK\"]}').write_text(' '.join([os.environ['WORLD_SIZE'], *sys.argv[1:]]))\n"
     )
     launch = train.prepare(arguments("--run-dir", str(tmp_path / "run"), "seed=2"))
-    subprocess.run(launch.argv, env={**launch.env, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True, timeout=120)
+    argv = ["stand_in" if word == "mirai_dist" else word for word in launch.argv]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    subprocess.run(argv, env={**launch.env, "PYTHONPATH": path}, cwd=tmp_path, check=True, timeout=120)
     expected = f"2 --recipe {SMALL} --run-dir {tmp_path / 'run'} --resume auto seed=2"
     assert [(tmp_path / f"out{rank}").read_text() for rank in (0, 1)] == [expected, expected]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +53,40 @@ def test_handlers_are_given_back() -> None:
     assert [signal.getsignal(each) for each in SIGNALS] != before
     request.restore()
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_signals_that_a_launcher_held_back_arrive(tmp_path: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.kill(os.getpid(), signal.SIGUSR2)  # deadly, were it not held back
+    request = StopRequest().install()
+    request.restore()
+    assert request.reason == "SIGUSR2"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(SIGNALS)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_where_nothing_needs_saving_a_signal_raises_once(stop: StopRequest) -> None:
+    tidied = False
+    with pytest.raises(Stop), stop.raising(Stop()):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # the way out is not interrupted
+            tidied = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert tidied
+
+
+def test_a_request_from_before_raises_at_once(stop: StopRequest) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stop), stop.raising(Stop()):
+        pytest.fail("the block ran")
+
+
+def test_the_handlers_do_not_wait_for_torch() -> None:
+    code = "import sys, mirai_dist.runtime.signals, mirai_dist.__main__; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == 0

@@ -80,8 +80,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
-        return (wide * scale).to(x.dtype) * self.weight
+        return functional.rms_norm(wide, (x.shape[-1],), eps=EPS).to(x.dtype) * self.weight
 
 
 def layer_norm(x: Tensor) -> Tensor:

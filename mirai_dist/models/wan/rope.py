@@ -51,7 +51,6 @@ def rotary_table(
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate queries or keys [B, N, heads, head_dim] by a table of N positions; dtype is kept."""
-    cos, sin = (part.unsqueeze(-2) for part in table)
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
+    turns = torch.complex(*table).unsqueeze(-2)
+    pairs = torch.view_as_complex(x.to(table[0].dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)

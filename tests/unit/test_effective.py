@@ -1,0 +1,63 @@
+"""effective.yaml: what a run says it uses, from its recipe. That it tells the truth is tested in tests/procs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mirai_dist.config import load
+from mirai_dist.config.error import RecipeError
+from mirai_dist.config.source import dump
+from mirai_dist.cycle.effective import effective
+
+RECIPE = Path(__file__).parents[1] / "procs" / "tiny.yaml"
+
+
+def used(*overrides: str, ranks: int = 2) -> dict:
+    return effective(load(RECIPE, overrides).recipe, ranks, "cpu")
+
+
+def test_it_survives_the_file() -> None:
+    """Tuples and torch types would not."""
+    assert yaml.safe_load(dump(used())) == used()
+
+
+def test_mesh_and_accumulation_follow_the_ranks() -> None:
+    hybrid = used("parallel.replicas=2", ranks=4)
+    assert hybrid["ranks"] == 4 and hybrid["mesh"] == {"replicas": 2, "ranks per shard": 2}
+    assert hybrid["accumulation"] == dict.fromkeys(("teacher", "ar_teacher", "few_step", "distil"), 1)
+    assert used(ranks=1)["accumulation"]["distil"] == 4
+    with pytest.raises(RecipeError, match="global_size 4 cannot be split over 3 ranks"):
+        used(ranks=3)
+
+
+def test_timesteps_are_the_warped_ones() -> None:
+    """Shift s maps t to s t / (1 + (s - 1) t): 500 is 750 at shift 3."""
+    assert used()["denoising timesteps"] == [1000.0, pytest.approx(750.0)]
+    assert used("flow.shift=1")["denoising timesteps"] == [1000.0, 500.0]
+
+
+def test_networks_are_told_by_their_plans() -> None:
+    networks = used("parallel.unit=block", "parallel.compute_dtype=bfloat16", "parallel.recompute=block",
+                    "parallel.reshard_after_forward=true")["networks"]
+    trained = {"storage": "float32", "compute": "bfloat16", "reduce": "float32", "units": 3,
+               "reshard after forward": True, "recomputed blocks": 2}
+    assert networks["generator"] == networks["critic"] == trained
+    assert networks["teacher and foresight encoder"] == trained | {"storage": "bfloat16", "recomputed blocks": 0}
+    assert networks["predictor"] == trained | {"units": 1, "reshard after forward": False, "recomputed blocks": 0}
+    release = used("foresight.preset=release")["networks"]["predictor"]
+    assert (release["storage"], release["compute"]) == ("bfloat16", "float32")
+
+
+def test_foresight_blocks_follow_preset_and_depth() -> None:
+    assert used()["foresight"] == {"generator blocks": 1, "encoder blocks": 1}
+    assert used("foresight.preset=release")["foresight"] == {"generator blocks": 2, "encoder blocks": 2}
+    assert used("teacher.blocks=4")["foresight"] == {"generator blocks": 1, "encoder blocks": 2}
+
+
+def test_versions_are_those_that_run() -> None:
+    assert used()["torch"] == torch.__version__ and used()["device"] == "cpu"
+    assert used()["segments"] == 3
