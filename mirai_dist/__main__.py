@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mirai_dist.runtime.guard import guarded
 from mirai_dist.runtime.signals import StopRequest
@@ -35,7 +37,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
     from mirai_dist.cycle.pipeline import Place, run_pipeline
-    from mirai_dist.cycle.study import report
+    from mirai_dist.cycle.study import check_reportable, report
     from mirai_dist.observe.console import Console
     from mirai_dist.runtime import bootstrap
 
@@ -44,6 +46,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
     check_layout(resolved.recipe, ranks.world_size)
+    check_reportable(resolved.recipe)
     used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
     claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
@@ -95,5 +98,13 @@ def main() -> int:
     return guarded(lambda: run(options, stop), options.run_dir)
 
 
+def end(code: int) -> NoReturn:
+    """Leave without the interpreter's shutdown: gloo's threads may still be freeing tensors, which aborts in it."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -401,15 +401,6 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("rollout.window_frames", "rollout.sink_frames"), what)
 
 
-@rule("report-frames")
-def _report_frames(recipe: Recipe) -> Iterator[Problem]:
-    if _of_kind(recipe, "dmd") and recipe.video.latent_frames < 4:
-        frames = recipe.video.latent_frames
-        yield Problem(
-            ("video.latent_frames",), f"video.latent_frames {frames}: the report needs at least 4 to measure motion"
-        )
-
-
 @rule("score-timesteps")
 def _score_timesteps(recipe: Recipe) -> Iterator[Problem]:
     low, high = recipe.dmd.min_timestep, recipe.dmd.max_timestep

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from mirai_dist.config import Resolved
+from mirai_dist.config import RecipeError, Resolved, schema
 from mirai_dist.config.digest import to_yaml
 from mirai_dist.cycle import account
 from mirai_dist.cycle.pipeline import Job, Place, jobs, make_run
@@ -154,6 +154,14 @@ def videos(studio: Studio, material: Material, arms: list[str], seeds: list[int]
             paths[column] = str(path)
         rows.append(page.VideoRow(studio.captions[i], paths))
     return page.VideoTable(list(columns), rows, f"Arms: seed {seeds[0]}. Ground truth: a clip of that caption.")
+
+
+def check_reportable(recipe: schema.Recipe) -> None:
+    """Refuse, before anything is trained, what the report could not measure. Raises RecipeError."""
+    has_study = any(stage.kind == "dmd" for stage in recipe.stages.values())
+    if has_study and recipe.video.latent_frames < world_metrics.LEAST_FRAMES:
+        what = f"{recipe.video.latent_frames} is too short to measure motion; use {world_metrics.LEAST_FRAMES} or more"
+        raise RecipeError("video.latent_frames", what)
 
 
 def report(resolved: Resolved, place: Place) -> None:

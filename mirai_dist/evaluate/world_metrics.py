@@ -24,11 +24,13 @@ from mirai_dist.data.world import (
     States,
     coverage,
     parse_caption,
+    pixel_frames,
     render,
     walk,
 )
 from mirai_dist.models.vae import LinearVae
 
+LEAST_FRAMES = 4  # latent frames below which a path is too short to measure
 FAINT = 0.25  # coverage below this is background: ringing of the VAE and mild noise
 CLIPPED = 0.99  # a value this close to -1 or 1 counts as clipped; no colour of the world is
 OBEYED = 0.25  # share of the real displacement from which a direction counts as taken
@@ -87,7 +89,7 @@ def measure(videos: Tensor, captions: Sequence[str], video: schema.Video, world:
 def _check(videos: Tensor, captions: Sequence[str], video: schema.Video, world: schema.World) -> None:
     size = (3, PIXELS_PER_LATENT * video.latent_height, PIXELS_PER_LATENT * video.latent_width)
     frames = videos.shape[1] if videos.ndim == 5 else 0
-    if tuple(videos.shape[2:]) != size or frames % FRAMES_PER_LATENT != 1 or frames < 1 + 3 * FRAMES_PER_LATENT:
+    if tuple(videos.shape[2:]) != size or frames % FRAMES_PER_LATENT != 1 or frames < pixel_frames(LEAST_FRAMES):
         raise ValueError(
             f"videos of shape {tuple(videos.shape)} cannot be measured: need [B, T, {size[0]}, {size[1]}, {size[2]}] "
             "with T = 1 + 4 (F - 1) and at least 4 latent frames F"

@@ -30,6 +30,8 @@ def main(test_file: str, function: str, folder: str) -> None:
         Path(folder, f"error-{time.time_ns():020d}-rank-{rank}").write_text(text)
         os._exit(1)  # the other ranks may be waiting in a collective for us: no tidying up
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as mirai_dist/__main__.py ends: gloo's threads may abort in the interpreter's shutdown
 
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ BROKEN = [
     ("window", ["rollout.sink_frames=3"], "rollout.sink_frames has no effect"),
     ("window", ["rollout.window_frames=7"], "use 6 or 9"),
     ("window", ["rollout.window_frames=6", "rollout.sink_frames=6"], "use at least 9"),
-    ("report-frames", ["video.latent_frames=3"], "the report needs at least 4"),
     ("score-timesteps", ["dmd.min_timestep=980"], "dmd.min_timestep 980"),
     ("offsets", ["foresight.offsets=[]"], "from 0 to 3"),
     ("offsets", ["foresight.offsets=[1, 1]"], "foresight.offsets [1, 1]"),
