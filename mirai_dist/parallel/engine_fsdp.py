@@ -44,7 +44,7 @@ class FsdpEngine:
         network.set_requires_gradient_sync(last or plan.sync_every_micro_batch)
 
     def norm(self, network: nn.Module) -> Tensor:
-        """Global gradient norm, equal on all ranks. Raises NonFiniteError, on all ranks alike, when it is not finite."""
+        """Global gradient norm, equal on all ranks. Raises NonFiniteError, on all ranks alike, if it is not finite."""
         norm = get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
         whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(whole):

@@ -181,7 +181,8 @@ class Reference:
         """1 - cosine, averaged over tokens, samples and segments; every segment has a target at offset 0."""
         teacher = self.networks["teacher"]
         heard: list[Tensor] = []
-        hook = teacher.blocks[len(teacher.blocks) // 2 - 1].register_forward_hook(lambda *call: heard.append(call[2][0]))
+        middle = teacher.blocks[len(teacher.blocks) // 2 - 1]
+        hook = middle.register_forward_hook(lambda *call: heard.append(call[2][0]))
         with torch.no_grad():
             teacher(latents, torch.zeros(len(latents)).double(), text)
         hook.remove()
@@ -189,7 +190,7 @@ class Reference:
         terms = []
         for i, state in enumerate(states):
             future = [features[i + k] for k in self.recipe.foresight.offsets if i + k < len(states)]
-            target = sum(future) / len(future)
+            target = torch.stack(future).mean(dim=0)
             predicted = self.networks["predictor"](state)
             terms.append(1 - ((predicted * target).sum(-1) / (predicted.norm(dim=-1) * target.norm(dim=-1))).mean())
         return sum(terms, start=torch.zeros(())) / len(terms)
@@ -282,7 +283,8 @@ def test_float64_gradient_is_the_reference(threads, ranks: int) -> None:
 def test_float64_gradient_is_the_reference_in_every_combination(threads, ranks: int) -> None:
     rollouts = [(DETACHED,), (LEAKY,), (DETACHED, WINDOW, CONTEXT)]
     shardings = itertools.product(("block", "network"), (True, False), ("block", "none"), rollouts)
-    cases = [Case(*sharding, replicas=replicas) for sharding in shardings for replicas in (1, 2) if ranks % replicas == 0]
+    replicas = [count for count in (1, 2) if ranks % count == 0]
+    cases = [Case(*sharding, replicas=count) for sharding in shardings for count in replicas]
     with tiny.lively("float64"):
         for errors in threads(ranks, timeout=TIMEOUT)(errors_of(cases, "float64")):
             assert max(errors)[0] < 1e-12, max(errors)

@@ -53,7 +53,8 @@ def watching() -> Iterator[dict[tuple[int, str], list[Seen]]]:
             left = [f"{role}.{name}" for role, network in tiny.networks_of(stage).items()
                     for name, parameter in network.named_parameters() if parameter.grad is not None]
             name = phase if stage.stage.kind == "dmd" else stage.stage.kind
-            seen.setdefault((stage.run.rank, stage.name), []).append(Seen(name, before, tiny.shard_digests(stage), left))
+            after = tiny.shard_digests(stage)
+            seen.setdefault((stage.run.rank, stage.name), []).append(Seen(name, before, after, left))
         return run
 
     with ExitStack() as patches:
@@ -136,7 +137,8 @@ def test_weight_zero_is_bit_identical_to_no_foresight_at_all(threads) -> None:
             stage = tiny.stage_of(recipe, "distil")
             tiny.train(stage, 4)
             if recipe is not on:
-                assert stage.predictor is None and stage.generator_blocks == 0 and not stage.saved_samples()["replay_states"]
+                assert stage.predictor is None and stage.generator_blocks == 0
+                assert not stage.saved_samples()["replay_states"]
             found.append(tiny.everything(stage))
         return found
 

@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -110,10 +109,11 @@ def check_score_traffic(stage: Any, traffic: Traffic) -> None:
     role, recipe = stage.teacher, stage.recipe
     video = recipe.video
     latents = torch.zeros(1, video.latent_frames, video.channels, video.latent_height, video.latent_width)
+    text = torch.zeros(1, recipe.text.length, recipe.text.dim)
     units = role.plan.units
     with torch.no_grad():
         for forward in (1, 2):
-            velocity_of(role.network)(latents, torch.tensor([500.0]), torch.zeros(1, recipe.text.length, recipe.text.dim))
+            velocity_of(role.network)(latents, torch.tensor([500.0]), text)
             gathers, scatters = traffic.look()
             again = forward == 1 or units[0].reshard_after_forward
             assert len(gathers) == (len(units) if again else 0) and not scatters
@@ -186,7 +186,8 @@ def test_accumulation_reduces_at_the_end_unless_asked(threads, every: bool) -> N
     def body(rank: int) -> None:
         stage = tiny.stage_of(recipe, "distil")
         assert stage.layout.micro_batches == 2
-        generator, critic, predictor = (len(roles_of(stage)[n].plan.units) for n in ("generator", "critic", "predictor"))
+        units = {name: len(role.plan.units) for name, role in roles_of(stage).items()}
+        generator, critic, predictor = units["generator"], units["critic"], units["predictor"]
         traffic.look()
         stage.step()
         assert traffic.counts()[1] == (2 * (generator + predictor) if every else generator + predictor + generator - 1)

@@ -1,6 +1,7 @@
 """The world size changes neither what is drawn for a sample nor, beyond rounding, what is trained.
 
-The same global batch runs on 1, 2 and 4 ranks, once each, in module-wide fixtures.
+The same global batch runs on 1, 2 and 4 ranks, once each, in module-wide fixtures. In float64: without momentum AdamW
+steps by the sign of a gradient, so that in float32 the rounding of a gradient that cancels can become a whole step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from unittest import mock
 import pytest
 
 from mirai_dist.cycle import phases
-from mirai_dist.cycle.stages import Run, Stage
+from mirai_dist.cycle.stages import Stage
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
 from tests.procs.tiny import TIMEOUT
@@ -47,7 +48,7 @@ class Recorder:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note noise, prompts, latents of rollouts, exit steps and timesteps where the phases make them."""
-        normal, encode, rollout = Stage.normal, Run.encode, phases._rollout
+        normal, rollout = Stage.normal, phases._rollout
         functions = {"timesteps": phases._score_timesteps, "segment timesteps": phases._segment_timesteps,
                      "kept prompts": phases._prompts}
 
@@ -84,7 +85,7 @@ class Recorder:
 
 def ran(ranks: int, positions: dict[str, int], *overrides: str) -> Ran:
     """Stages trained for so many positions on so many ranks."""
-    recipe, recorder = tiny.recipe(*overrides), Recorder()
+    recipe, recorder = tiny.in_dtype(tiny.recipe(*overrides), "float64"), Recorder()
 
     def body(rank: int) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, Any]]]:
         metrics, end = {}, {}
@@ -94,7 +95,7 @@ def ran(ranks: int, positions: dict[str, int], *overrides: str) -> Ran:
             end[name] = tiny.everything(stage)
         return metrics, end
 
-    with tiny.lively(), recorder.listening():
+    with tiny.lively("float64"), recorder.listening():
         everyone = run_threads(ranks, body, timeout=TIMEOUT)
     merged = {name: {key: value for _, end in everyone for key, value in end[name].items()} for name in positions}
     return Ran(recorder.draws, everyone[0][0], merged)
@@ -114,7 +115,7 @@ def test_a_sample_gets_the_same_draws_on_any_number_of_ranks(by_size, ranks: int
                      "kept prompts", "prompt", "latents", "exit step", "timesteps", "rank"}
     for what in kinds - {"latents", "rank"}:
         assert not tiny.unequal(alone.drawn(what), together.drawn(what)), what
-    assert not tiny.unequal(alone.drawn("latents"), together.drawn("latents"), 1e-6)
+    assert not tiny.unequal(alone.drawn("latents"), together.drawn("latents"), 1e-9)
     assert set(together.drawn("rank").values()) == set(range(ranks))
 
 
@@ -129,12 +130,10 @@ def test_draws_differ_where_they_should(by_size) -> None:
 @pytest.mark.parametrize("ranks", SIZES[1:])
 @pytest.mark.parametrize("stage", POSITIONS)
 def test_training_is_the_same_on_any_number_of_ranks(by_size, stage: str, ranks: int) -> None:
-    """Moments are left out: where gradients cancel (biases of keys) nothing of a moment is significant."""
-    alone, together = ({name: value for name, value in by_size[n].end[stage].items() if ".exp_avg" not in name}
-                       for n in (1, ranks))
-    assert not tiny.unequal(alone, together, 1e-6)
-    for one, other in zip(by_size[1].metrics[stage], by_size[ranks].metrics[stage], strict=True):
-        assert not tiny.unequal(one, other, 1e-5)
+    alone, together = by_size[1], by_size[ranks]
+    assert not tiny.unequal_run(alone.end[stage], together.end[stage])
+    for one, other in zip(alone.metrics[stage], together.metrics[stage], strict=True):
+        assert not tiny.unequal(one, other, 1e-9)
 
 
 def test_exit_groups_draw_once_for_each_block_of_the_global_batch() -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,7 +72,7 @@ def _in_dtype(plan_of: Any, dtype: str) -> Any:
 
 
 def in_dtype(recipe: schema.Recipe, dtype: str) -> schema.Recipe:
-    """The recipe with a compute dtype that no recipe file may ask for (float64); build its stages in `lively(dtype)`."""
+    """The recipe with a compute dtype that no file may ask for (float64); build its stages in `lively(dtype)`."""
     return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, compute_dtype=dtype))
 
 
@@ -166,6 +165,13 @@ def _digest(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         digest.update(local(tensor.detach()).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def unequal_run(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
+    """Names of values of two float64 runs that differ by more than rounding; moving averages are float32 always."""
+    wide, narrow = ([{name: value for name, value in side.items() if name.startswith("average.") == averages}
+                     for side in (left, right)] for averages in (False, True))
+    return unequal(*wide, tolerance=1e-9) + unequal(*narrow, tolerance=1e-6)
 
 
 def unequal(left: Mapping[str, Any], right: Mapping[str, Any], tolerance: float = 0.0) -> list[str]:

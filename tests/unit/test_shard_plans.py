@@ -26,7 +26,7 @@ def test_a_unit_a_block_and_the_root_last() -> None:
     assert [unit.path for unit in wan_plan(schema.Parallel(unit="network"), 3, trained=True).units] == [""]
 
 
-@pytest.mark.parametrize("parallel", EVERY, ids=lambda p: f"{p.compute_dtype}-{p.unit}-{p.reshard_after_forward}-{p.recompute}")
+@pytest.mark.parametrize("parallel", EVERY)
 def test_every_recipe_of_the_section(parallel: schema.Parallel) -> None:
     trained, frozen = (wan_plan(parallel, 2, trained=each) for each in (True, False))
     for plan in (trained, frozen):
