@@ -70,6 +70,10 @@ def test_norm_and_clipped_step_are_those_of_the_whole_network(threads, ranks: in
         steps = []
         for clip in (NORM / 7, NORM * 7):
             engine, network = sharded(replicas)
+            shards = ranks // replicas  # neighbouring ranks share one copy of the parameters
+            rows = [len(chunk) for chunk in torch.arange(7).chunk(shards)]
+            held = local(network[0].weight.detach()).shape[0]  # type: ignore[index]
+            assert held == (rows[rank % shards] if rank % shards < len(rows) else 0)
             before = {name: tiny.whole(p) for name, p in network.named_parameters()}
             network(BATCH[rank :: dist.get_world_size()]).square().mean().backward()
             norm = engine.norm(network)

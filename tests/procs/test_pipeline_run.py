@@ -186,7 +186,8 @@ def test_the_same_command_again_finishes_what_is_missing_and_skips_the_rest(fini
 
 def test_a_rank_leaves_without_the_interpreters_shutdown() -> None:
     """Which aborted one run in ten: a gloo thread that frees a tensor then is ended by Python in the middle of C++."""
-    script = "import atexit; from mirai_dist.__main__ import end\natexit.register(print, 'shutdown'); print('end'); end(7)"
+    script = "import atexit\nfrom mirai_dist.__main__ import end\n"
+    script += "atexit.register(print, 'late'); print('end'); end(7)"
     process = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (7, "end\n", "")
 
