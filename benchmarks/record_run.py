@@ -17,7 +17,7 @@ from mirai_dist.evaluate.statistics import Paired
 from mirai_dist.evaluate.video_files import write_gif
 
 REPORTS = Path(__file__).parent / "reports"
-PICTURED = 4  # prompts in the picture
+PICTURED = 3  # prompts in the picture
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     stem.parent.mkdir(exist_ok=True)
     Path(f"{stem}.json").write_text(report.to_json())
     Path(f"{stem}.md").write_text("\n".join(markdown(report)) + "\n")
-    write_gif(Path(f"{stem}.gif"), picture(report, options.run), fps=8, scale=1)
+    write_gif(Path(f"{stem}.gif"), picture(report, options.run), fps=6, scale=1)
 
 
 def markdown(report: Report) -> list[str]:
@@ -80,7 +80,7 @@ def picture(report: Report, run: Path) -> Tensor:
         torch.cat([_decode(run / row.paths[c]) for c in report.videos.columns], dim=2)
         for row in report.videos.rows[:PICTURED]
     ]
-    return torch.cat(rows, dim=1)[:, ::2, ::2]
+    return torch.cat(rows, dim=1)[::2, ::2, ::2]
 
 
 def _decode(path: Path) -> Tensor:
