@@ -182,21 +182,6 @@ class World:
             )
 
 
-class WorldPrompts:
-    """The world's captions as the endless prompt set of the stages without data."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def prompt(self, index: int) -> str:
-        """Prompt of the global sample `index`."""
-        return self.world.caption(index)
-
-    def prompts(self, indices: Sequence[int] | Tensor) -> list[str]:
-        """Prompts of several global sample indices."""
-        return self.world.captions(indices)
-
-
 def _signed_distance(x: Tensor, y: Tensor, shape: Tensor, radius: Tensor) -> Tensor:
     """Distance of points [B, T, H, W] to the outline, negative inside; each shape fills [-radius, radius]^2."""
     r = radius[:, None, None, None]

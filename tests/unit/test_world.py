@@ -19,7 +19,6 @@ from mirai_dist.data.world import (
     UNIT,
     VOCABULARY,
     World,
-    WorldPrompts,
     parse_caption,
     pillar_columns,
 )
@@ -64,8 +63,6 @@ def test_captions_are_in_the_vocabulary_and_parse_back() -> None:
     for i, caption in enumerate(captions):
         assert set(caption.split()) <= set(VOCABULARY)
         assert parse_caption(caption) == (states.colour[i], states.shape[i], states.direction[i])
-    assert WorldPrompts(world).prompt(7) == captions[7]
-    assert WorldPrompts(world).prompts([7, 8]) == captions[7:9]
     with pytest.raises(ValueError, match="a pink circle moving left"):
         parse_caption("a pink circle moving left")
 
