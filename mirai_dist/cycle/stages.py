@@ -113,11 +113,14 @@ class Stage(ABC):
 
     def take(self, stream: str) -> tuple[list[list[int]], list[int]]:
         """The next global batch of a stream: (this rank's offsets a micro-batch, world entry of every offset)."""
-        if stream not in self.cursors:
-            self.cursors[stream] = Cursor(self.run.draws.seed, self.purpose(stream), size=None)
-        cursor = self.cursors[stream]
+        cursor = self._cursor(stream)
         numbers = [cursor.index(n) for n in cursor.take(self.layout.global_size)]
         return samples_of_rank(0, self.layout), numbers
+
+    def _cursor(self, stream: str) -> Cursor:
+        if stream not in self.cursors:
+            self.cursors[stream] = Cursor(self.run.draws.seed, self.purpose(stream), size=None)
+        return self.cursors[stream]
 
     def own_samples(self) -> list[int]:
         """Offsets in the global batch that this rank runs."""
@@ -150,8 +153,7 @@ class Stage(ABC):
         """Take over counters, so that the averages the checkpoint holds exist before tensors are loaded."""
         self.cycle, self.position = extras["cycle"], extras["position"]
         for stream, consumed in extras["cursors"].items():
-            self.cursors[stream] = Cursor(self.run.draws.seed, self.purpose(stream), size=None)
-            self.cursors[stream].consumed = consumed
+            self._cursor(stream).consumed = consumed
         for name, role in self.roles.items():
             role.updates = extras["updates"][name]
             role.average_if_due()

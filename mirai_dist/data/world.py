@@ -137,7 +137,7 @@ class World:
         unit = UNIT[direction]
         moves = unit.abs()
         # Along the motion, measured from the wall the shape comes from. At level `free` starts vary as much across
-        # the motion as along it, around the middle: with the whole width, what is learned in minutes is positions.
+        # the motion as along it, around the middle: no run with the whole width learned directions (benchmarks/LOG.md).
         travel = self._travel if self.world.level == "free" else 0.0
         along = self._uniform(index, _ALONG)[:, None] * (room - travel)
         along = torch.where(unit < 0, room - along, along)
