@@ -30,7 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Train the recipe on this rank and its peers. Returns the exit code."""
-    from mirai_dist.config import load
+    from mirai_dist.config import files, load
     from mirai_dist.config.digest import to_yaml
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
@@ -45,6 +45,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     ranks = bootstrap.start()
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
+    files.check(resolved.recipe, resolved.origins)
     check_layout(resolved.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
     used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from mirai_dist.commands.arguments import VERBS as DELEGATED
+
 # verb -> (module that holds `configure(parser)` and `run(arguments) -> int`, help)
-VERBS = {
+OWN = {
     "train": ("mirai_launch.verbs.train", "check a recipe, then train it on local ranks, under torchrun or under srun"),
     "check": ("mirai_launch.verbs.check", "print the resolved recipe with the origin of every value"),
 }
+VERBS = {verb: text for verb, (_, text) in OWN.items()} | {name: verb.help for name, verb in DELEGATED.items()}
 USAGE_ERROR = 2
 
 
@@ -37,12 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         meant = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
         _overview().error(f"unknown verb {verb!r}; {meant}")
-    module = importlib.import_module(VERBS[verb][0])
-    parser = Parser(prog=f"mirai {verb}", description=VERBS[verb][1], allow_abbrev=False)
-    module.configure(parser)
-    # Overrides may stand before, between and behind the options.
-    parsed = parser.parse_intermixed_args(rest)
-    return _run(module.run, parsed)
+    parser = Parser(prog=f"mirai {verb}", description=VERBS[verb], allow_abbrev=False)
+    if verb in OWN:
+        module = importlib.import_module(OWN[verb][0])
+        module.configure(parser)
+        return _run(module.run, _parsed(parser, rest))
+    DELEGATED[verb].configure(parser)
+    from mirai_launch.verbs import delegate
+
+    return _run(lambda parsed: delegate.run(verb, parsed, rest), _parsed(parser, rest))
+
+
+def _parsed(parser: Parser, rest: list[str]) -> argparse.Namespace:
+    # Overrides may stand before, between and behind the options; argparse cannot intermix below a second verb.
+    nested = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+    return parser.parse_args(rest) if nested else parser.parse_intermixed_args(rest)
 
 
 def _run(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -> int:
@@ -58,7 +70,7 @@ def _run(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -
 
 def _overview() -> Parser:
     width = max(map(len, VERBS))
-    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     parser = Parser(
         prog="mirai",
         usage="mirai VERB ...",

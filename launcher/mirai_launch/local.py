@@ -47,10 +47,14 @@ def prepare(request: Request, env: Mapping[str, str], gpus: int) -> Launch:
             raise RecipeError("command line", f"{what}; leave --nproc out")
         return Launch([sys.executable, *ours], dict(env), started)
     _refuse_idle_nodes(env)
-    ranks = request.nproc or gpus or CPU_RANKS
-    torchrun = ["-m", "mirai_dist.runtime.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+    return torchrun(ours, request.nproc or gpus or CPU_RANKS, env)
+
+
+def torchrun(ours: list[str], ranks: int, env: Mapping[str, str]) -> Launch:
+    """`python *ours` on several ranks of this machine."""
+    launcher = ["-m", "mirai_dist.runtime.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
     threads = {"OMP_NUM_THREADS": "1"} if ranks > 1 and "OMP_NUM_THREADS" not in env else {}
-    return Launch([sys.executable, *torchrun, *ours], {**env, **threads}, ranks)
+    return Launch([sys.executable, *launcher, *ours], {**env, **threads}, ranks)
 
 
 def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> int:

@@ -84,7 +84,7 @@ def _extends(key: str, old: Recipe, new: Recipe) -> bool:
 
 def _lengthens(name: str, old: Recipe, new: Recipe) -> bool:
     stage = new.stages[name]
-    used = any(name in (each.parent, each.teacher) for each in new.stages.values())
+    used = any(name in (each.parent, each.teacher, each.critic) for each in new.stages.values())
     schedules = {each.schedule for each in _schedules(stage, new)}
     return not used and stage.cycles > old.stages[name].cycles and schedules == {"constant"}
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mirai_dist.config import schema
 from mirai_dist.config.error import RecipeError
+from mirai_dist.config.kinds import PRODUCES, refusal
 from mirai_dist.config.schema import Batch, Network, Optimizer, Recipe, Stage
 
 
@@ -126,7 +127,12 @@ RANGES: dict[type, dict[str, Range]] = {
         "max_timestep": _TIMESTEP,
         "critic_updates": _COUNT,
     },
-    schema.Foresight: {"weight": _NOT_NEGATIVE, "depth": _FRACTION, "predictor_blocks": _COUNT},
+    schema.Foresight: {
+        "weight": _NOT_NEGATIVE,
+        "start_cycle": _NOT_NEGATIVE,
+        "depth": _FRACTION,
+        "predictor_blocks": _COUNT,
+    },
     schema.Consistency: {"points": Range(low=2), "guidance": _NOT_NEGATIVE},
     schema.Stage: {"cycles": _COUNT, "prompt_dropout": _DECAY},
     schema.Parallel: {"replicas": _COUNT},
@@ -229,15 +235,18 @@ def _some_stage(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("stages",), "stages is empty; a recipe trains at least one")
 
 
-@rule("earlier-stages")
-def _earlier_stages(recipe: Recipe) -> Iterator[Problem]:
-    earlier: list[str] = []
+@rule("sources")
+def _sources(recipe: Recipe) -> Iterator[Problem]:
+    earlier = [*recipe.weights]
     for name, stage in recipe.stages.items():
-        for role in ("parent", "teacher"):
+        if name in recipe.weights:
+            what = f"stages.{name} and weights.{name} have one name, and stages refer to both by it; rename one"
+            yield Problem((f"stages.{name}", f"weights.{name}.path"), what)
+        for role in _ROLES:
             other = getattr(stage, role)
             if other and other not in earlier:
                 known = f"one of: {', '.join(earlier)}" if earlier else "none: this is the first stage"
-                what = f"stages.{name}.{role} is {other!r}, which is no earlier stage ({known})"
+                what = f"stages.{name}.{role} is {other!r}, which is no earlier stage and no entry of weights ({known})"
                 yield Problem((f"stages.{name}.{role}",), what)
         earlier.append(name)
 
@@ -245,64 +254,101 @@ def _earlier_stages(recipe: Recipe) -> Iterator[Problem]:
 @rule("dmd-roles")
 def _dmd_roles(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
-        keys = (f"stages.{name}.teacher", f"stages.{name}.kind")
-        if stage.kind != "dmd" and stage.teacher:
-            what = f"stages.{name}.teacher has no effect in a stage of kind {stage.kind}; remove it"
-            yield Problem(keys, what)
+        kind = f"stages.{name}.kind"
+        for role in ("teacher", "critic"):
+            if stage.kind != "dmd" and getattr(stage, role):
+                what = f"stages.{name}.{role} has no effect in a stage of kind {stage.kind}; remove it"
+                yield Problem((f"stages.{name}.{role}", kind), what)
         if stage.kind == "dmd":
             for role in ("parent", "teacher"):
                 if not getattr(stage, role):
-                    what = f"stages.{name}.{role} is missing: a stage of kind dmd needs it; name an earlier stage"
-                    yield Problem((f"stages.{name}.{role}", keys[1]), what)
+                    what = f"stages.{name}.{role} is missing: a stage of kind dmd needs it"
+                    what = f"{what}; name an earlier stage or an entry of weights"
+                    yield Problem((f"stages.{name}.{role}", kind), what)
 
 
-@rule("dmd-teacher-kind")
-def _dmd_teacher_kind(recipe: Recipe) -> Iterator[Problem]:
-    for name, stage in _of_kind(recipe, "dmd"):
-        kind = recipe.stages[stage.teacher].kind
-        if kind != "bidirectional":
-            what = f"stages.{name}.teacher {stage.teacher!r} is of kind {kind}; the real score must be bidirectional"
-            yield Problem((f"stages.{name}.teacher",), what)
-
-
-@rule("parent-kind")
-def _parent_kind(recipe: Recipe) -> Iterator[Problem]:
+@rule("source-kind")
+def _source_kind(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         key = f"stages.{name}.parent"
-        kind = recipe.stages[stage.parent].kind if stage.parent else ""
-        if stage.kind == "consistency" and kind != "teacher_forcing":
-            got = f"{stage.parent!r} is of kind {kind}" if kind else "there is none"
-            what = f"{key}: a consistency stage distils a teacher_forcing stage, and {got}; name one"
+        if stage.kind == "consistency" and not stage.parent:
+            what = f"{key}: a consistency stage distils an AR teacher, and there is none; name one"
             yield Problem((key, f"stages.{name}.kind"), what)
-        if stage.kind == "bidirectional" and kind not in ("", "bidirectional"):
-            what = f"{key} {stage.parent!r} is of kind {kind}; a bidirectional stage starts from a bidirectional one"
-            yield Problem((key, f"stages.{name}.kind"), what)
+        for role in _ROLES:
+            source = getattr(stage, role)
+            kind = _kind_of(recipe, source) if source else ""
+            why = refusal(stage.kind, role, kind) if kind else ""
+            if why:
+                keys = (f"stages.{name}.{role}", f"stages.{name}.kind", f"weights.{source}.kind")
+                yield Problem(keys, f"stages.{name}.{role} {source!r} {why}")
 
 
-@rule("parent-shape")
-def _parent_shape(recipe: Recipe) -> Iterator[Problem]:
+def _kind_of(recipe: Recipe, source: str) -> str:
+    """Kind of the weights a stage or an entry of weights gives; empty where only the file knows."""
+    return PRODUCES[recipe.stages[source].kind] if source in recipe.stages else recipe.weights[source].kind
+
+
+@rule("source-shape")
+def _source_shape(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
-        if not stage.parent:
-            continue
-        own, other = _trains(stage), _trains(recipe.stages[stage.parent])
-        differs = _shape_difference(recipe, own, other)
-        if differs:
-            what = (
-                f"stages.{name}.parent {stage.parent!r} trains the {other}, whose shape is not that of the {own} "
-                f"({differs}); make the two sections equal or name another parent"
-            )
-            shapes = [f"{network}.{each.name}" for network in (own, other) for each in fields(Network)]
-            yield Problem((f"stages.{name}.parent", *shapes), what)
+        for role, own in (("parent", _trains(stage)), ("teacher", "teacher"), ("critic", "critic")):
+            source = getattr(stage, role) or (stage.teacher if role == "critic" else "")
+            if source in recipe.stages:
+                other = _trains(recipe.stages[source])
+            elif role == "critic" and source and not stage.critic:
+                other = "teacher"  # of a file: its shape is compared with the teacher's section when it is read
+            else:
+                continue
+            differs = _shape_difference(recipe, own, other)
+            if differs:
+                what = f"the {own} of stage {name} starts from {source!r}, which holds the {other}, and their shapes"
+                hint = "; write critic: ${teacher}, or name its own start" if role == "critic" else ""
+                what = f"{what} differ ({differs}); make the two sections equal or name another {role}{hint}"
+                shapes = [f"{network}.{each.name}" for network in (own, other) for each in fields(Network)]
+                yield Problem((f"stages.{name}.{role}", *shapes), what)
 
 
-@rule("critic-shape")
-def _critic_shape(recipe: Recipe) -> Iterator[Problem]:
-    for name, _ in _of_kind(recipe, "dmd"):
-        differs = _shape_difference(recipe, "critic", "teacher")
-        if differs:
-            what = f"the critic of stage {name} starts from the teacher's weights, and their shapes differ ({differs})"
-            shapes = [f"{network}.{each.name}" for network in ("critic", "teacher") for each in fields(Network)]
-            yield Problem(tuple(shapes), f"{what}; write critic: ${{teacher}}")
+@rule("unused-weights")
+def _unused_weights(recipe: Recipe) -> Iterator[Problem]:
+    used = {getattr(stage, role) for stage in recipe.stages.values() for role in _ROLES}
+    for name in recipe.weights:
+        if name not in used:
+            yield Problem((f"weights.{name}.path",), f"weights.{name} is used by no stage; name it in one or remove it")
+
+
+# --- data and frozen encoders --------------------------------------------------------------------------------
+
+
+@rule("text-encoder")
+def _text_encoder(recipe: Recipe) -> Iterator[Problem]:
+    text, prompts = recipe.text, recipe.data.prompts
+    if text.encoder == "vocabulary" and prompts:
+        what = "text.encoder vocabulary knows the procedural world's words only; for data.prompts use umt5 or store"
+        yield Problem(("text.encoder", "data.prompts"), what)
+    if text.encoder == "vocabulary" and text.path:
+        yield Problem(("text.path",), "text.path has no effect with text.encoder vocabulary; remove it")
+    if text.encoder != "vocabulary" and not text.path:
+        what = f"text.path is missing: text.encoder {text.encoder} reads it"
+        yield Problem(("text.path", "text.encoder"), f"{what}; give the folder")
+    if text.encoder == "store" and not prompts:
+        what = "text.encoder store holds the embeddings of a prompt file; set data.prompts to that file"
+        yield Problem(("text.encoder", "data.prompts"), what)
+
+
+@rule("vae-path")
+def _vae_path(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.vae.kind == "wan" and not recipe.vae.path:
+        yield Problem(("vae.path", "vae.kind"), "vae.path is missing: vae.kind wan reads it; give the file or folder")
+    if recipe.vae.kind == "linear" and recipe.vae.path:
+        yield Problem(("vae.path",), "vae.path has no effect with vae.kind linear; remove it")
+
+
+@rule("clips-needed")
+def _clips_needed(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        if recipe.data.prompts and stage.kind != "dmd":
+            what = f"stages.{name} of kind {stage.kind} trains on clips, and data.prompts holds none"
+            yield Problem(("data.prompts", f"stages.{name}.kind"), f"{what}; remove data.prompts or the stage")
 
 
 @rule("dmd-last")
@@ -410,6 +456,15 @@ def _score_timesteps(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+@rule("foresight-start")
+def _foresight_start(recipe: Recipe) -> Iterator[Problem]:
+    start = recipe.foresight.start_cycle
+    for name, stage in _of_kind(recipe, "dmd"):
+        if recipe.foresight.weight > 0 and start >= stage.cycles:
+            what = f"foresight.start_cycle {start} is not before the end of stage {name} ({stage.cycles} cycles)"
+            yield Problem(("foresight.start_cycle", f"stages.{name}.cycles"), f"{what}; use an earlier one")
+
+
 @rule("offsets")
 def _offsets(recipe: Recipe) -> Iterator[Problem]:
     offsets = recipe.foresight.offsets
@@ -433,7 +488,7 @@ def _shuffled_targets(recipe: Recipe) -> Iterator[Problem]:
 
 # Arms share their start, data and draws: nothing that earlier stages or the report read may differ between them.
 _SHARED = {"name", "seed", "study", "video", "world", "text", "consistency", "evaluate"}
-_SHARED |= {"teacher", "generator", "critic"}
+_SHARED |= {"teacher", "generator", "critic", "data", "vae", "weights"}
 
 
 @rule("study-size")
@@ -521,6 +576,9 @@ def _of_kind(recipe: Recipe, kind: str) -> list[tuple[str, Stage]]:
     return [(name, stage) for name, stage in recipe.stages.items() if stage.kind == kind]
 
 
+_ROLES = ("parent", "teacher", "critic")
+
+
 def _trains(stage: Stage) -> str:
     return "teacher" if stage.kind == "bidirectional" else "generator"
 
@@ -539,7 +597,9 @@ def _optimizers(recipe: Recipe) -> Iterable[tuple[str, Optimizer, int]]:
             critic = stage.cycles * recipe.dmd.critic_updates
             yield "dmd.critic_optimizer", recipe.dmd.critic_optimizer, critic
             # The predictor learns with the generator and again on the replay after critic updates.
-            yield "foresight.optimizer", recipe.foresight.optimizer, critic + stage.cycles
+            with_foresight = max(0, stage.cycles - recipe.foresight.start_cycle)
+            predictor = with_foresight * (1 + recipe.dmd.critic_updates)
+            yield "foresight.optimizer", recipe.foresight.optimizer, predictor
 
 
 def _multiples_around(value: int, step: int) -> list[int]:

@@ -35,8 +35,8 @@ class Video:
 class World:
     """The procedural video world that stands in for a data set (mirai_dist/data/world.py)."""
 
-    speed: float = key(help="pixels a shape moves per latent frame (four pixel frames)")
-    radius: float = key(help="half extent of a shape, pixels")
+    speed: float = key(2.5, help="pixels a shape moves per latent frame (four pixel frames)")
+    radius: float = key(5.5, help="half extent of a shape, pixels")
     radius_jitter: float = key(0.0, help="each clip's radius is drawn from radius +- this, pixels")
     level: str = key(
         "free",
@@ -47,9 +47,47 @@ class World:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
-    """The frozen text encoder: fixed embeddings of the world's closed vocabulary."""
+class Data:
+    """What is trained on beside the procedural world."""
 
+    prompts: str = key("", help="prompt file, UTF-8, one a line; empty: captions and clips of the procedural world")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A file or folder of published weights that stages may start from, under the name it has here."""
+
+    path: str = key(help="official or diffusers folder, or a .pt file of Self-Forcing, Causal-Forcing, CausVid or ours")
+    kind: str = key(
+        "",
+        help="what the weights are: diffusion (bidirectional), ar (causal, many steps), ode, cd or dmd (causal, few "
+        "steps); empty: what the file itself records",
+        choices=("", "diffusion", "ar", "ode", "cd", "dmd"),
+    )
+    which: str = key("raw", help="weights as trained, or their moving average", choices=("raw", "ema"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vae:
+    """The frozen video autoencoder."""
+
+    kind: str = key(
+        "linear", help="linear: the fixed transform of the world; wan: AutoencoderKLWan", choices=("linear", "wan")
+    )
+    path: str = key("", help="wan: diffusers VAE folder, official folder, or Wan2.1_VAE.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The frozen text encoder."""
+
+    encoder: str = key(
+        "vocabulary",
+        help="vocabulary: fixed embeddings of the world's words; umt5: UMT5 held by the job; store: embeddings "
+        "precomputed by `mirai data embed`, no encoder in the job",
+        choices=("vocabulary", "umt5", "store"),
+    )
+    path: str = key("", help="umt5: folder with encoder and tokenizer; store: folder of the embeddings")
     dim: int = key(help="width of a text embedding (UMT5-XXL: 4096)")
     length: int = key(help="positions a prompt is padded to with zeros (Wan: 512)")
 
@@ -133,6 +171,7 @@ class Foresight:
     """Foresight distillation (Video-Mirai section 3)."""
 
     weight: float = key(0.2, help="lambda; 0 is bit-identical to no foresight")
+    start_cycle: int = key(0, help="first cycle with foresight; before it the run is the baseline's")
     preset: str = key(
         "paper",
         help="paper: depth counts executed blocks, fp32 fusion, plain predictor, replay after "
@@ -171,10 +210,13 @@ class Stage:
         help="what is trained: bidirectional teacher, teacher-forced AR teacher, few-step consistency, dmd",
         choices=("bidirectional", "teacher_forcing", "consistency", "dmd"),
     )
-    parent: str = key("", help="stage whose weights the trained network starts from; empty: random weights")
-    teacher: str = key(
-        "", help="stage whose bidirectional weights serve as real score, critic start and foresight encoder (kind dmd)"
+    parent: str = key(
+        "", help="earlier stage, or entry of weights, that the trained network starts from; empty: random weights"
     )
+    teacher: str = key(
+        "", help="stage or weights of the real score and foresight encoder, and of the critic's start (kind dmd)"
+    )
+    critic: str = key("", help="stage or weights that the critic starts from instead of the teacher's (kind dmd)")
     cycles: int = key(help="cycles to run: one update, or for dmd one generator and all critic updates")
     batch: Batch = key(help="batch of every update of the stage")
     optimizer: Optimizer = key(help="AdamW of the trained network (kind dmd: the generator)")
@@ -237,8 +279,11 @@ class Recipe:
     name: str = key(help="name of the run; the default run directory is runs/<name>")
     seed: int = key(1, help="seed of every draw outside the study's own seeds")
     video: Video = key(help="latent video and segments")
-    world: World = key(help="procedural video world")
+    data: Data = key(Data, help="data sets")
+    world: World = key(World, help="procedural video world")
     text: Text = key(help="text encoder")
+    vae: Vae = key(Vae, help="video autoencoder")
+    weights: dict[str, Weights] = key(dict, help="published weights that stages start from, by name")
     teacher: Network = key(help="bidirectional teacher: real score and foresight encoder")
     generator: Network = key(help="causal few-step generator, and the AR teacher it starts from")
     critic: Network = key(help="fake score")

@@ -31,6 +31,9 @@ def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "attention": "torch scaled_dot_product_attention",
+        "prompts": recipe.data.prompts or "captions of the procedural world",
+        "text": f"{recipe.text.encoder} {recipe.text.path}".strip(),
+        "starts": _starts(recipe),
         "denoising timesteps": list(warped_steps(recipe.rollout.steps, recipe.flow.shift)),
         "segments": recipe.video.latent_frames // recipe.video.frames_per_segment,
         "foresight": {
@@ -40,6 +43,19 @@ def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
         "accumulation": {name: accumulation(stage.batch, ranks) for name, stage in recipe.stages.items()},
         "networks": {name: _described(plan) for name, plan in plans.items()},
     }
+
+
+def _starts(recipe: schema.Recipe) -> dict[str, str]:
+    """Where the networks of each stage come from."""
+    found = {}
+    for name, stage in recipe.stages.items():
+        for role in ("parent", "teacher", "critic"):
+            source = getattr(stage, role)
+            if source:
+                weights = recipe.weights.get(source)
+                place = f"{weights.path} ({weights.which})" if weights else f"stage {source}"
+                found[f"{name} {role}"] = place
+    return found
 
 
 def _described(plan: ShardPlan) -> dict[str, Any]:

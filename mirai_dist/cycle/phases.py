@@ -56,14 +56,15 @@ def generator_update(stage: DmdStage, at: Moment) -> None:
     """One generator update: rollout with gradient, DMD, and foresight when it is on."""
     stage.replay.clear()
     batch, numbers = stage.take("generator")
-    roles = [stage.generator, *([stage.predictor] if stage.predictor else [])]
+    roles = [stage.generator, *([stage.predictor] if stage.predictor and stage.foresight_is_on else [])]
+    capture = stage.generator_blocks if stage.foresight_is_on else 0
 
     def loss_of(samples: list[int]) -> Tensor:
         text = stage.run.encode(numbers, samples)
-        latents, states = _rollout(stage, at, samples, text, capture=stage.generator_blocks)
+        latents, states = _rollout(stage, at, samples, text, capture)
         with stage.ledger.phase("scores"):
             loss = _distribution_matching(stage, at, samples, latents, text)
-        if stage.predictor is not None:
+        if stage.foresight_is_on:
             loss = loss + stage.recipe.foresight.weight * _foresight(stage, samples, latents, states, text)
         return loss
 

@@ -20,22 +20,20 @@ import torch
 from mirai_dist.config import Resolved, schema
 from mirai_dist.config.digest import digest
 from mirai_dist.cycle.cycle import Loop
+from mirai_dist.cycle.encoders import conditions_of
 from mirai_dist.cycle.saver import Saver
-from mirai_dist.cycle.stages import STAGES, Parents, Run, Source, Stage
+from mirai_dist.cycle.stages import STAGES, Run, Stage
+from mirai_dist.cycle.starts import starts_of
 from mirai_dist.cycle.studio import Studio
 from mirai_dist.cycle.watch import Watch
 from mirai_dist.data.world import World as VideoWorld
 from mirai_dist.evaluate import video_files
-from mirai_dist.models.text import VocabularyEncoder
-from mirai_dist.models.vae import LinearVae
 from mirai_dist.observe.console import Console
 from mirai_dist.observe.sinks import Sinks
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
 from mirai_dist.parallel.mesh import build_mesh
 from mirai_dist.runtime.bootstrap import World
 from mirai_dist.runtime.signals import StopRequest
-from mirai_dist.state.checkpoint import newest
-from mirai_dist.state.commit import CheckpointError
 from mirai_dist.state.draws import Draws
 
 SHOWN = 6  # videos of the grid that ends a stage
@@ -78,37 +76,19 @@ def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
 
 
 def make_run(job: Job, place: Place) -> Run:
-    """Engine, keyed randomness, world and encoders for one job."""
+    """Engine, keyed randomness, and what samples are conditioned on, for one job."""
     recipe, ranks = job.recipe, place.ranks
     mesh = build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type)
-    world = VideoWorld(recipe.world, recipe.video, recipe.seed)
-    text = VocabularyEncoder(world.vocabulary(), recipe.text.dim, recipe.text.length)
+    world = None if recipe.data.prompts else VideoWorld(recipe.world, recipe.video, recipe.seed)
     return Run(
         recipe,
         ranks.world_size,
         ranks.rank,
         FsdpEngine(mesh, ranks.device),
         Draws(job.seed, ranks.device),
+        conditions_of(recipe, world, ranks.device),
         world,
-        LinearVae().to(ranks.device),
-        text,
     )
-
-
-def parents_of(job: Job, run_dir: Path) -> Parents:
-    """Checkpoints a stage starts from. Raises CheckpointError when a parent has none."""
-    stage = job.recipe.stages[job.stage]
-
-    def source(name: str) -> Source | None:
-        if not name:
-            return None
-        root = run_dir / "stages" / name / "checkpoints"
-        path = newest(root)
-        if path is None:
-            raise CheckpointError(f"stage {job.stage} starts from {name}, but {root} holds no checkpoint")
-        return path, "ema" if job.recipe.stages[name].ema.decay > 0 else "raw"
-
-    return Parents(trained=source(stage.parent), teacher=source(stage.teacher))
 
 
 def train(job: Job, place: Place) -> None:
@@ -118,7 +98,8 @@ def train(job: Job, place: Place) -> None:
         return
     started = time.time()
     run = make_run(job, place)
-    stage: Stage = STAGES[run.recipe.stages[job.stage].kind](job.stage, run, parents_of(job, place.run_dir))
+    starts = starts_of(job.recipe, job.stage, place.run_dir)
+    stage: Stage = STAGES[job.recipe.stages[job.stage].kind](job.stage, run, starts)
     saver = Saver(
         job.directory / "checkpoints", job.recipe.checkpoint, digest(job.recipe), place.ranks.rank, place.console
     )

@@ -20,9 +20,12 @@ from mirai_dist.models.wan import model as wan_model
 from mirai_dist.models.wan.kv_cache import CacheShape
 from mirai_dist.models.wan.model import PATCH
 from mirai_dist.parallel.engine_fsdp import FsdpEngine, NonFiniteError
+from mirai_dist.parallel.materialize import Initialise, draw
 from mirai_dist.plan.shards import ShardPlan, predictor_plan, wan_plan
 from mirai_dist.state.draws import Draws
 from mirai_dist.state.ema import Ema
+
+Fill = Callable[[nn.Module], None]  # gives an allocated network its first weights
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,18 @@ class Builder:
     engine: FsdpEngine
     draws: Draws
 
-    def wan(self, name: str, network: schema.Network, training: Training | None) -> Role:
-        """A Wan DiT with random weights keyed by its role's name and each parameter's name."""
+    def wan(self, name: str, network: schema.Network, training: Training | None, fill: Fill | None = None) -> Role:
+        """A Wan DiT filled by `fill`, or with random weights keyed by the role's and each parameter's name."""
         with torch.device("meta"):
             model = WanModel(wan_shape(network, self.recipe))
         plan = wan_plan(self.recipe.parallel, network.blocks, trained=training is not None)
-        self.engine.build(model, plan, wan_model.initialise, lambda key: self.draws.for_parameter(f"{name}.{key}"))
-        return Role(name, model, plan, self.engine, training)
+        self.engine.build(model, plan, fill or self._drawn(name, wan_model.initialise))
+        role = Role(name, model, plan, self.engine, training)
+        role.average_if_due()
+        return role
+
+    def _drawn(self, name: str, initialise: Initialise) -> Fill:
+        return lambda network: draw(network, initialise, lambda key: self.draws.for_parameter(f"{name}.{key}"))
 
     def predictor(self, gated: bool, bf16_masters: bool, training: Training) -> Role:
         """The foresight predictor, from the generator's width to the teacher's."""
@@ -119,9 +127,7 @@ class Builder:
                 generator.dim, teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated
             )
         plan = predictor_plan(self.recipe.parallel, bf16_masters)
-        self.engine.build(
-            model, plan, predictor_model.initialise, lambda key: self.draws.for_parameter(f"predictor.{key}")
-        )
+        self.engine.build(model, plan, self._drawn("predictor", predictor_model.initialise))
         return Role("predictor", model, plan, self.engine, training)
 
 

@@ -36,6 +36,7 @@ class Saver:
                 "cycle": stage.cycle,
                 "position": stage.position,
                 "roles": list(stage.roles),
+                "starts": stage.starts.described(),
             }
             checkpoint.save(path, stage.state(), passport)
             if self.rank == 0:

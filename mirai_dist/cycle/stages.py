@@ -9,29 +9,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mirai_dist.config import schema
 from mirai_dist.config.rules import accumulation
 from mirai_dist.cycle import phases
-from mirai_dist.cycle.roles import Builder, Role, Training, kv_cache, rollout_settings
+from mirai_dist.cycle.encoders import vae_of
+from mirai_dist.cycle.roles import Builder, Fill, Role, Training, kv_cache, rollout_settings
+from mirai_dist.cycle.starts import Starts, fill
+from mirai_dist.data.conditions import Conditions
 from mirai_dist.data.world import World
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.replay import ReplayCache
-from mirai_dist.models.text import TextEncoder
-from mirai_dist.models.vae import LinearVae
+from mirai_dist.models.vae import Vae
 from mirai_dist.models.wan import KVCache
 from mirai_dist.observe.ledger import Ledger
 from mirai_dist.observe.metrics import Metrics
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
-from mirai_dist.state.checkpoint import TrainState, describe, load_network
+from mirai_dist.state.checkpoint import TrainState
 from mirai_dist.state.cursor import BatchLayout, Cursor, samples_of_rank
 from mirai_dist.state.draws import Draws
-
-Source = tuple[Path, Literal["raw", "ema"]]  # a checkpoint, and which weights of it
 
 
 class Moment(NamedTuple):
@@ -43,38 +43,38 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of a run share: recipe, ranks, engine, keyed randomness, the world and its encoders."""
+    """What all stages of a run share: recipe, ranks, engine, keyed randomness, what samples are conditioned on.
+
+    world: the procedural world that clips come from; None where prompts come from a file.
+    """
 
     recipe: schema.Recipe
     ranks: int
     rank: int
     engine: FsdpEngine
     draws: Draws
-    world: World
-    vae: LinearVae
-    text: TextEncoder
+    conditions: Conditions
+    world: World | None
 
-    @property
+    @cached_property
+    def vae(self) -> Vae:
+        """The autoencoder, loaded when something first needs pixels: DMD alone never does."""
+        return vae_of(self.recipe, self.draws.device)
+
+    @cached_property
     def negative(self) -> Tensor:
         """Embedding [1, length, dim] of the negative prompt, on the device."""
-        return self.text.negative().to(self.draws.device)
+        return self.conditions.negative().to(self.draws.device)
 
     def encode(self, numbers: Sequence[int], samples: Sequence[int]) -> Tensor:
-        """Prompt embeddings [len(samples), length, dim] of world entries numbers[sample], on the device."""
-        return self.text.encode(self.world.captions([numbers[s] for s in samples])).to(self.draws.device)
+        """Prompt embeddings [len(samples), length, dim] of entries numbers[sample], on the device."""
+        return self.conditions.embed([numbers[s] for s in samples]).to(self.draws.device)
 
     def clean_latents(self, numbers: Sequence[int], samples: Sequence[int]) -> Tensor:
         """Encoded clips [len(samples), F, C, H, W] of world entries numbers[sample], on the device."""
+        assert self.world is not None  # a rule refuses stages that need clips where there are none
         clips = self.world.clips([numbers[s] for s in samples]).to(self.draws.device)
         return self.vae.encode(clips)
-
-
-@dataclass(frozen=True)
-class Parents:
-    """Checkpoints a stage starts from, with which weights of theirs: raw, or the moving average where one is kept."""
-
-    trained: Source | None = None
-    teacher: Source | None = None
 
 
 class Stage(ABC):
@@ -82,8 +82,8 @@ class Stage(ABC):
 
     positions: tuple[str, ...] = ("update",)
 
-    def __init__(self, name: str, run: Run) -> None:
-        self.name, self.run, self.recipe = name, run, run.recipe
+    def __init__(self, name: str, run: Run, starts: Starts) -> None:
+        self.name, self.run, self.recipe, self.starts = name, run, run.recipe, starts
         self.stage = run.recipe.stages[name]
         self.layout = BatchLayout(
             run.ranks, run.rank, self.stage.batch.micro_size, accumulation(self.stage.batch, run.ranks)
@@ -103,6 +103,13 @@ class Stage(ABC):
     def step(self) -> None:
         """Run the update at the present cycle and position."""
 
+    def fill(self, role: str) -> Fill | None:
+        """First weights of the network that starts from the stage's `role` (parent, teacher, critic), or None."""
+        source = getattr(self.starts, role)
+        if source is None:
+            return None
+        return lambda network: fill(network, source, self.stage.kind, role)
+
     def purpose(self, what: str) -> str:
         """Name of a draw. It holds the stage, not the arm: arms of a study share their draws."""
         return f"{self.name}/{what}"
@@ -119,7 +126,7 @@ class Stage(ABC):
 
     def _cursor(self, stream: str) -> Cursor:
         if stream not in self.cursors:
-            self.cursors[stream] = Cursor(self.run.draws.seed, self.purpose(stream), size=None)
+            self.cursors[stream] = Cursor(self.run.draws.seed, self.purpose(stream), self.run.conditions.size)
         return self.cursors[stream]
 
     def own_samples(self) -> list[int]:
@@ -170,14 +177,14 @@ class Stage(ABC):
 class FlowStage(Stage):
     """Flow matching of a teacher: kind bidirectional or teacher_forcing."""
 
-    def __init__(self, name: str, run: Run, parents: Parents) -> None:
-        super().__init__(name, run)
+    def __init__(self, name: str, run: Run, starts: Starts) -> None:
+        super().__init__(name, run, starts)
         builder = Builder(self.recipe, run.engine, run.draws)
         bidirectional = self.stage.kind == "bidirectional"
         role = "teacher" if bidirectional else "generator"
         network = self.recipe.teacher if bidirectional else self.recipe.generator
-        self.trained = builder.wan(role, network, Training(self.stage.optimizer, self.stage.cycles, self.stage.ema))
-        start_from(self.trained, parents.trained)
+        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
+        self.trained = builder.wan(role, network, training, self.fill("parent"))
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -193,15 +200,13 @@ class ConsistencyStage(Stage):
     The target network's weights are the student's moving average, so the checkpoint holds them once.
     """
 
-    def __init__(self, name: str, run: Run, parents: Parents) -> None:
-        super().__init__(name, run)
+    def __init__(self, name: str, run: Run, starts: Starts) -> None:
+        super().__init__(name, run, starts)
         builder = Builder(self.recipe, run.engine, run.draws)
         training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
-        self.trained = builder.wan("generator", self.recipe.generator, training)
-        self.teacher = builder.wan("ar_teacher", self.recipe.generator, None)
+        self.trained = builder.wan("generator", self.recipe.generator, training, self.fill("parent"))
+        self.teacher = builder.wan("ar_teacher", self.recipe.generator, None, self.fill("parent"))
         self.target = builder.wan("target", self.recipe.generator, None)
-        for role in (self.trained, self.teacher):
-            start_from(role, parents.trained)
         self.refresh_target()
 
     @property
@@ -224,25 +229,22 @@ class ConsistencyStage(Stage):
 class DmdStage(Stage):
     """Asymmetric DMD with foresight: five roles, of which teacher and encoder are one set of weights."""
 
-    def __init__(self, name: str, run: Run, parents: Parents) -> None:
-        super().__init__(name, run)
+    def __init__(self, name: str, run: Run, starts: Starts) -> None:
+        super().__init__(name, run, starts)
         recipe, builder = self.recipe, Builder(self.recipe, run.engine, run.draws)
         updates = self.stage.cycles
         self.positions = ("generator", *("critic",) * recipe.dmd.critic_updates)
         self.arithmetic = PRESETS[recipe.foresight.preset]
         self.rollout = rollout_settings(recipe)
         critic_training = Training(recipe.dmd.critic_optimizer, updates * recipe.dmd.critic_updates)
-        self.generator = builder.wan(
-            "generator", recipe.generator, Training(self.stage.optimizer, updates, self.stage.ema)
-        )
-        self.critic = builder.wan("critic", recipe.critic, critic_training)
-        self.teacher = builder.wan("teacher", recipe.teacher, None)
-        start_from(self.generator, parents.trained)
-        for role in (self.critic, self.teacher):
-            start_from(role, parents.teacher, role_in_file="teacher")
+        generator_training = Training(self.stage.optimizer, updates, self.stage.ema)
+        self.generator = builder.wan("generator", recipe.generator, generator_training, self.fill("parent"))
+        self.critic = builder.wan("critic", recipe.critic, critic_training, self.fill("critic"))
+        self.teacher = builder.wan("teacher", recipe.teacher, None, self.fill("teacher"))
         self.predictor: Role | None = None
         if recipe.foresight.weight > 0:
-            training = Training(recipe.foresight.optimizer, updates * (1 + recipe.dmd.critic_updates))
+            with_foresight = updates - recipe.foresight.start_cycle
+            training = Training(recipe.foresight.optimizer, with_foresight * (1 + recipe.dmd.critic_updates))
             self.predictor = builder.predictor(
                 self.arithmetic.gated_predictor, self.arithmetic.bf16_predictor, training
             )
@@ -265,8 +267,13 @@ class DmdStage(Stage):
             phases.generator_update(self, at)
             return
         phases.critic_update(self, at)
-        if self.predictor is not None and (self.position > 1 or self.arithmetic.replay_after_generator):
+        if self.foresight_is_on and (self.position > 1 or self.arithmetic.replay_after_generator):
             phases.replay_update(self)
+
+    @property
+    def foresight_is_on(self) -> bool:
+        """Whether this cycle trains with foresight: it may begin in the last part of the stage."""
+        return self.predictor is not None and self.cycle >= self.recipe.foresight.start_cycle
 
     def exit_step(self, at: Moment, samples: Sequence[int]) -> int:
         """Exit step of a micro-batch: one draw for each of `exit_groups` blocks of the global batch.
@@ -297,18 +304,3 @@ STAGES: dict[str, type[FlowStage] | type[ConsistencyStage] | type[DmdStage]] = {
     "consistency": ConsistencyStage,
     "dmd": DmdStage,
 }
-
-
-def start_from(role: Role, source: Source | None, role_in_file: str = "") -> None:
-    """Load a role's first weights from a parent stage's checkpoint, and let its average start there."""
-    if source is not None:
-        path, which = source
-        load_network(path, role_in_file or _role_in(path, role), role.network, which)
-        role.engine.release(role.network)
-    role.average_if_due()
-
-
-def _role_in(path: Path, role: Role) -> str:
-    """A causal network starts from the parent's generator, or from a bidirectional teacher of the same shape."""
-    stored = describe(path).networks
-    return "generator" if "generator" in stored else stored[0]

@@ -29,9 +29,9 @@ class Studio:
     def __init__(self, run: Run, count: int) -> None:
         self.run, self.recipe, self.count = run, run.recipe, count
         self.builder = Builder(run.recipe, run.engine, run.draws)
-        cursor = Cursor(run.recipe.seed, "evaluate", size=None)
+        cursor = Cursor(run.recipe.seed, "evaluate", run.conditions.size)
         self.numbers = [cursor.index(n) for n in cursor.take(self.count)]
-        self.captions = run.world.captions(self.numbers)
+        self.captions = run.conditions.captions(self.numbers)
 
     def own(self, most: int | None = None) -> list[int]:
         """Clips this rank samples: its stride of the first `most`, padded so that every rank makes as many passes."""

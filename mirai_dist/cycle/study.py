@@ -19,11 +19,11 @@ from mirai_dist.config.digest import to_yaml
 from mirai_dist.cycle import account
 from mirai_dist.cycle.pipeline import Job, Place, jobs, make_run
 from mirai_dist.cycle.roles import Role
-from mirai_dist.cycle.stages import Run, start_from
+from mirai_dist.cycle.stages import Run
 from mirai_dist.cycle.studio import Studio, gathered
 from mirai_dist.evaluate import probe, video_files, world_metrics
 from mirai_dist.evaluate import report as page
-from mirai_dist.state.checkpoint import newest
+from mirai_dist.state.checkpoint import load_network, newest
 
 T = TypeVar("T")
 SHOWN = 6  # prompts whose videos are shown side by side
@@ -83,7 +83,8 @@ def sample_all(resolved: Resolved, place: Place, studio: Studio) -> Material:
 def _load(role: Role, job: Job) -> None:
     path = newest(job.directory / "checkpoints")
     assert path is not None, job.directory
-    start_from(role, (path, "ema" if job.recipe.stages[job.stage].ema.decay > 0 else "raw"), role.name)
+    load_network(path, role.name, role.network, "ema" if job.recipe.stages[job.stage].ema.decay > 0 else "raw")
+    role.engine.release(role.network)
 
 
 def quality(studio: Studio, material: Material, arms: list[str], seeds: list[int]) -> list[page.QualityRow]:
@@ -136,61 +137,51 @@ def probes(studio: Studio, material: Material, arms: list[str], seeds: list[int]
     return page.ProbeResult.measured(found, arms[1], [a for a in arms if a != arms[1]], material.history)
 
 
-def videos(studio: Studio, material: Material, arms: list[str], seeds: list[int], run_dir: Path) -> page.VideoTable:
-    """Write the side-by-side videos below RUN/samples: the first prompts, the first seed."""
-    truth = studio.run.world.clips(studio.numbers[:SHOWN])
-    columns = {
-        GROUND_TRUTH: truth,
-        TEACHER: material.teacher,
-        START: material.start,
-        **{arm: material.arms[arm, seeds[0]] for arm in arms[:2]},
-    }
+def videos(studio: Studio, columns: dict[str, Tensor], note: str, run_dir: Path) -> page.VideoTable:
+    """Write the side-by-side videos below RUN/samples: the first prompts, one column a name of `columns`."""
     rows = []
-    for i in range(min(SHOWN, studio.recipe.evaluate.samples)):
+    for i in range(min(SHOWN, *(len(pixels) for pixels in columns.values()))):
         paths = {}
         for column, pixels in columns.items():
-            path = Path("samples") / column.replace(" ", "_") / f"{studio.captions[i].replace(' ', '_')}-{i}.mp4"
+            path = Path("samples") / column.replace(" ", "_") / video_files.vbench_name(studio.captions[i], i)
             video_files.write_mp4(run_dir / path, video_files.to_uint8(pixels[i]), studio.recipe.video.fps)
             paths[column] = str(path)
         rows.append(page.VideoRow(studio.captions[i], paths))
-    return page.VideoTable(list(columns), rows, f"Arms: seed {seeds[0]}. Ground truth: a clip of that caption.")
+    return page.VideoTable(list(columns), rows, note)
 
 
 def check_reportable(recipe: schema.Recipe) -> None:
     """Refuse, before anything is trained, what the report could not measure. Raises RecipeError."""
-    has_study = any(stage.kind == "dmd" for stage in recipe.stages.values())
-    if has_study and recipe.video.latent_frames < world_metrics.LEAST_FRAMES:
+    measured = not recipe.data.prompts and any(stage.kind == "dmd" for stage in recipe.stages.values())
+    if measured and recipe.video.latent_frames < world_metrics.LEAST_FRAMES:
         what = f"{recipe.video.latent_frames} is too short to measure motion; use {world_metrics.LEAST_FRAMES} or more"
         raise RecipeError("video.latent_frames", what)
 
 
 def report(resolved: Resolved, place: Place) -> None:
-    """Measure the finished run and write RUN/report.html and RUN/report.json."""
+    """Write RUN/report.html and RUN/report.json: samples, curves and phase times, and in the procedural world, where
+    the truth is known, quality and future readout."""
     every = list(jobs(resolved, place.run_dir))
     if not any(job.arm for job in every):
         place.console.say("no dmd stage: nothing to compare, no report")
         return
     started = time.time()
-    recipe = resolved.recipe
-    studio = Studio(make_run(every[0], place), recipe.evaluate.probe_clips)
-    arms, seeds = list(recipe.study.arms), list(recipe.study.seeds)
-    material = sample_all(resolved, place, studio)
-    place.console.say("measuring quality and future readout")
-    rows = quality(studio, material, arms, seeds)
-    readout = probes(studio, material, arms, seeds) if len(arms) > 1 else None
+    run = make_run(every[0], place)
+    measured = measure_world(resolved, place, run) if run.world else sample_prompts(resolved, place, run)
     if place.ranks.rank != 0:
         return
+    recipe, arms = resolved.recipe, list(resolved.recipe.study.arms)
     document = page.Report(
         name=recipe.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         treatment=arms[min(1, len(arms) - 1)],
         baseline=arms[0],
         order=[GROUND_TRUTH, TEACHER, START, *arms, RANDOM, COPY],
-        seeds=seeds,
+        seeds=list(recipe.study.seeds),
         provenance=account.provenance(resolved, every, time.time() - started),
-        quality=rows,
-        probe=readout,
-        videos=videos(studio, material, arms, seeds, place.run_dir),
+        quality=measured.quality,
+        probe=measured.probe,
+        videos=measured.videos,
         curves=account.curves(every),
         timing=account.timings(every),
         recipe_yaml=to_yaml(recipe),
@@ -200,3 +191,51 @@ def report(resolved: Resolved, place: Place) -> None:
     for sentence in page.summary(document):
         place.console.say(sentence)
     place.console.say(f"report: {path}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the report shows of the trained generators; `videos` on rank 0 alone."""
+
+    quality: list[page.QualityRow]
+    probe: page.ProbeResult | None
+    videos: page.VideoTable | None
+
+
+def measure_world(resolved: Resolved, place: Place, run: Run) -> Measured:
+    """Quality and readout of every arm and seed in the procedural world. Called by all ranks."""
+    recipe = resolved.recipe
+    studio = Studio(run, recipe.evaluate.probe_clips)
+    arms, seeds = list(recipe.study.arms), list(recipe.study.seeds)
+    material = sample_all(resolved, place, studio)
+    place.console.say("measuring quality and future readout")
+    rows = quality(studio, material, arms, seeds)
+    readout = probes(studio, material, arms, seeds) if len(arms) > 1 else None
+    if place.ranks.rank != 0:
+        return Measured(rows, readout, None)
+    assert run.world is not None
+    columns = {
+        GROUND_TRUTH: run.world.clips(studio.numbers[:SHOWN]),
+        TEACHER: material.teacher,
+        START: material.start,
+        **{arm: material.arms[arm, seeds[0]] for arm in arms[:2]},
+    }
+    note = f"Arms: seed {seeds[0]}. Ground truth: a clip of that caption."
+    return Measured(rows, readout, videos(studio, columns, note, place.run_dir))
+
+
+def sample_prompts(resolved: Resolved, place: Place, run: Run) -> Measured:
+    """A few videos of each arm's generator. Called by all ranks; what they are worth is for VBench to say."""
+    recipe = resolved.recipe
+    studio = Studio(run, SHOWN)
+    generator = studio.builder.wan("generator", recipe.generator, None)
+    seed = recipe.study.seeds[0]
+    columns = {}
+    for job in jobs(resolved, place.run_dir):
+        if job.arm and job.seed == seed:
+            _load(generator, job)
+            columns[job.arm] = studio.generator_samples(generator)
+    if place.ranks.rank != 0:
+        return Measured([], None, None)
+    note = f"Seed {seed}, the first {SHOWN} of the evaluation's prompts. Quality is not measured here."
+    return Measured([], None, videos(studio, columns, note, place.run_dir))

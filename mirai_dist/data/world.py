@@ -98,8 +98,10 @@ class World:
     """Clips, captions and ground truth of one seed.
 
     Raises ValueError when the picture is too small for the shape, or, at level `free`, when no start exists from
-    which the largest shape stays clear of the wall for `video.latent_frames`.
+    which the largest shape stays clear of the wall for `video.latent_frames`. As `Captions` it is endless.
     """
+
+    size = None
 
     def __init__(self, world: schema.World, video: schema.Video, seed: int) -> None:
         self.world = world

@@ -1,5 +1,6 @@
 """Self-forcing rollout: segment after segment, a few denoising steps each, with a cache of finished segments.
 
+    given segments:    context pass alone, yielded as they are (image-to-video)
     for each segment:  x = noise
         for step < exit:  x0 = G(x, t); x = renoise(x0)       no gradient
         exit step:        x0 = G(x, t_exit)                    the only pass that may carry gradient
@@ -12,7 +13,7 @@ are kept. So recomputation in backward repeats no write, in whatever order backw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +58,7 @@ class Cache(Protocol):
     def reset(self) -> None: ...
     def view(self) -> KeysValues: ...
     def visible_frames(self) -> list[int]: ...
+    def placed(self, keys_values: KeysValues) -> KeysValues: ...
     def write(self, keys_values: KeysValues) -> None: ...
 
 
@@ -81,49 +83,94 @@ class Segment(NamedTuple):
     state: Tensor | None
 
 
-class RolloutInputs(NamedTuple):
-    """noise [steps + 1, B, F, C, H, W]: index 0 starts, j > 0 re-noises before step j, the last one is for the
-    context pass. text [B, length, text_dim]. exit_step: index of the last denoising step. capture: blocks after
-    which the exit pass's residual stream is returned; 0 for none."""
+@dataclass(frozen=True)
+class DrawnNoise:
+    """Noise that is drawn when its segment comes, so that a long video never holds all of it.
 
-    noise: Tensor
+    frames: latent frames of the video. draw(first_frame) -> [steps + 1, B, frames_per_segment, C, H, W].
+    """
+
+    frames: int
+    draw: Callable[[int], Tensor]
+
+
+class RolloutInputs(NamedTuple):
+    """noise [steps + 1, B, F, C, H, W], or drawn as it is needed: index 0 starts, j > 0 re-noises before step j, the
+    last one is for the context pass. text [B, length, text_dim]. exit_step: index of the last denoising step.
+    capture: blocks after which the exit pass's residual stream is returned; 0 for none. given: clean latents
+    [B, G, C, H, W] of the first frames, whole segments, which are not generated."""
+
+    noise: Tensor | DrawnNoise
     text: Tensor
     exit_step: int
     capture: int = 0
+    given: Tensor | None = None
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the whole video, given ones included."""
+        return self.noise.frames if isinstance(self.noise, DrawnNoise) else self.noise.shape[2]
+
+    def segment_noise(self, first: int, frames: int) -> Tensor:
+        """Noise [steps + 1, B, frames, C, H, W] of the segment that starts at frame `first`."""
+        if isinstance(self.noise, DrawnNoise):
+            return self.noise.draw(first)
+        return self.noise[:, :, first : first + frames]
 
 
 def segments(
     generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, cache: Cache
 ) -> Iterator[Segment]:
-    """Generate a video segment by segment; the caller's grad mode decides whether exit passes carry gradient."""
-    frames, total = settings.frames_per_segment, inputs.noise.shape[2]
+    """Generate a video segment by segment; the caller's grad mode decides whether exit passes carry gradient.
+
+    A segment is yielded before its own context pass runs: the wall time to a segment holds its denoising steps and
+    the context pass of the segment before it, except for given segments, which are yielded after theirs.
+    ValueError unless the given frames are whole segments and leave some to generate.
+    """
+    frames, total = settings.frames_per_segment, inputs.frames
+    given = 0 if inputs.given is None else inputs.given.shape[1]
+    if given % frames or given >= total:
+        raise ValueError(f"{given} given frames are not whole segments of {frames} before the end of {total} frames")
     cache.reset()
     text_keys_values: KeysValues | None = None
     leaked: list[KeysValues] = []
     for first in range(0, total, frames):
-        noise = inputs.noise[:, :, first : first + frames]
-        held = _joined(leaked, cache.visible_frames(), frames) if leaked else cache.view()
+        noise = inputs.segment_noise(first, frames)
+        held = cache.placed(_joined(leaked, cache.visible_frames(), frames)) if leaked else cache.view()
         past = Past(held, text_keys_values, first)
-        noisy = noise[0]
-        with torch.no_grad():
-            for step in range(inputs.exit_step):
-                output = generator(noisy, _at(settings.timesteps[step], noisy), inputs.text, past, 0)
-                clean = _clean(output, noisy, settings.timesteps[step])
-                past = past._replace(text_keys_values=output.text_keys_values)
-                noisy = add_noise(clean, noise[step + 1], _at(settings.timesteps[step + 1], noisy))
-        exit_timestep = settings.timesteps[inputs.exit_step]
-        # the text's keys and values carry gradient in a gradient pass, so that pass computes its own
-        text_cache = None if torch.is_grad_enabled() else past.text_keys_values
-        output = generator(
-            noisy, _at(exit_timestep, noisy), inputs.text, past._replace(text_keys_values=text_cache), inputs.capture
-        )
-        clean = _clean(output, noisy, exit_timestep)
-        yield Segment(clean, output.hidden)
+        if first < given:
+            assert inputs.given is not None
+            clean, output = inputs.given[:, first : first + frames], None
+        else:
+            clean, output, past = _denoised(generator, settings, inputs, past, noise)
+            yield Segment(clean, output.hidden)
         if first + frames < total:  # nobody reads the last segment's cache
-            context, text_keys_values = _context_pass(generator, settings, inputs, past, clean.detach())
+            context, text_keys_values = _context_pass(generator, settings, inputs, past, (clean.detach(), noise[-1]))
             cache.write(context)
             if settings.leaky and torch.is_grad_enabled():
-                leaked.append(_straight_through(context, output.keys_values))
+                leaked.append(_straight_through(context, output.keys_values) if output else context)
+        if first < given:
+            yield Segment(clean, None)
+
+
+def _denoised(
+    generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, past: Past, noise: Tensor
+) -> tuple[Tensor, SegmentOutput, Past]:
+    """A segment from its noise [steps + 1, B, frames, C, H, W]: x0, the exit pass's output, past with cached text."""
+    noisy = noise[0]
+    with torch.no_grad():
+        for step in range(inputs.exit_step):
+            output = generator(noisy, _at(settings.timesteps[step], noisy), inputs.text, past, 0)
+            clean = _clean(output, noisy, settings.timesteps[step])
+            past = past._replace(text_keys_values=output.text_keys_values)
+            noisy = add_noise(clean, noise[step + 1], _at(settings.timesteps[step + 1], noisy))
+    exit_timestep = settings.timesteps[inputs.exit_step]
+    # the text's keys and values carry gradient in a gradient pass, so that pass computes its own
+    text_cache = None if torch.is_grad_enabled() else past.text_keys_values
+    output = generator(
+        noisy, _at(exit_timestep, noisy), inputs.text, past._replace(text_keys_values=text_cache), inputs.capture
+    )
+    return _clean(output, noisy, exit_timestep), output, past
 
 
 def rollout(
@@ -136,9 +183,10 @@ def rollout(
 
 @torch.no_grad()
 def _context_pass(
-    generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, past: Past, clean: Tensor
+    generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, past: Past, own: tuple[Tensor, Tensor]
 ) -> tuple[KeysValues, KeysValues]:
-    noise = inputs.noise[-1][:, past.first_frame : past.first_frame + clean.shape[1]]
+    """Keys and values of a finished segment, and the text's; own: its clean latents and noise, [B, frames, C, H, W]."""
+    clean, noise = own
     timesteps = _at(settings.context_timestep, clean)
     past = past._replace(keys_values=tuple((k.detach(), v.detach()) for k, v in past.keys_values))
     output = generator(add_noise(clean, noise, timesteps), timesteps, inputs.text, past, 0)

@@ -1,28 +1,15 @@
-"""Frozen text encoders: prompts in, embeddings out."""
+"""The text encoder of the procedural world: fixed embeddings of a closed vocabulary."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 POSITION_SCALE = 0.25  # of the unit-variance word: order is visible without drowning the word
-
-
-class TextEncoder(Protocol):
-    """What the stages need of a text encoder."""
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """[B, length, dim] embeddings, zeros past the last token."""
-        ...
-
-    def negative(self) -> Tensor:
-        """[1, length, dim] embedding of the negative prompt of classifier-free guidance."""
-        ...
 
 
 class VocabularyEncoder:

@@ -8,6 +8,8 @@ latent frame, which a model with relative positions could not tell from single p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,26 @@ CHANNELS: tuple[tuple[tuple[int, int, int, int], float, float], ...] = (
     ((1, 0, 1, 0), 0.308, 0.0),
     ((1, 1, 0, 0), 0.298, 0.0),
 )
+
+
+StreamDecoder = Callable[[Tensor], Tensor]
+
+
+class Vae(Protocol):
+    """A frozen video autoencoder. Latents are normalised: what the networks see."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 1 + 4 (F - 1), 3, H, W] in [-1, 1] -> latents [B, F, C, H/8, W/8]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] -> pixels [B, 1 + 4 (F - 1), 3, 8 h, 8 w] in [-1, 1]."""
+        ...
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for one video that arrives in pieces [B, f, C, h, w]: the first piece gives 1 + 4 (f - 1) frames,
+        later ones 4 f; the pieces' pixels joined are `decode` of the whole."""
+        ...
 
 
 class LinearVae(nn.Module):
@@ -91,6 +113,20 @@ class LinearVae(nn.Module):
         whole = blocks.reshape(batch, frames, GROUP, 3, rows * STRIDE, columns * STRIDE)
         first = whole[:, 0].mean(dim=1, keepdim=True)
         return torch.cat([first, whole[:, 1:].flatten(1, 2)], dim=1).clamp(-1, 1)
+
+
+    def stream(self) -> StreamDecoder:
+        """See `Vae.stream`. Latent frames are independent here: only the first of a video differs."""
+        started = False
+
+        def decode(latents: Tensor) -> Tensor:
+            nonlocal started
+            if not started:
+                started = True
+                return self.decode(latents)
+            return self.decode(torch.cat((latents[:, :1], latents), dim=1))[:, 1:]
+
+        return decode
 
 
 def _column(values: Tensor) -> Tensor:

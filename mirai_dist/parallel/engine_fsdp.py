@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mirai_dist.parallel.apply import apply
-from mirai_dist.parallel.materialize import GeneratorOf, Initialise, materialize
+from mirai_dist.parallel.materialize import allocate
 from mirai_dist.plan.shards import ShardPlan
 
 
@@ -29,13 +30,13 @@ class FsdpEngine:
     mesh: DeviceMesh
     device: torch.device
 
-    def build(
-        self, network: nn.Module, plan: ShardPlan, initialise: Initialise, generator_of: GeneratorOf
-    ) -> nn.Module:
-        """Shard a meta-device network by its plan and fill it; frozen plans hold compute-dtype parameters."""
+    def build(self, network: nn.Module, plan: ShardPlan, fill: Callable[[nn.Module], None]) -> nn.Module:
+        """Shard a meta-device network by its plan, allocate it and fill it (with draws or from a file), each rank
+        its own shards; frozen plans hold compute-dtype parameters."""
         network.to(getattr(torch, plan.storage_dtype))
         apply(network, plan, self.mesh)
-        materialize(network, self.device, initialise, generator_of)
+        allocate(network, self.device)
+        fill(network)
         return network
 
     def accumulate(self, network: nn.Module, plan: ShardPlan, last: bool) -> None:

@@ -17,12 +17,16 @@ Initialise = Callable[[str, Tensor, torch.Generator], None]
 GeneratorOf = Callable[[str], torch.Generator]
 
 
-@torch.no_grad()
-def materialize(network: nn.Module, device: torch.device, initialise: Initialise, generator_of: GeneratorOf) -> None:
-    """Allocate on `device` and fill every parameter. Networks here have no buffers; ValueError if one appears."""
+def allocate(network: nn.Module, device: torch.device) -> None:
+    """Undefined storage on `device`. Networks here have no buffers; ValueError if one appears."""
     if next(iter(network.buffers()), None) is not None:
         raise ValueError("a network with buffers needs its own materialisation: to_empty would leave them undefined")
     network.to_empty(device=device)
+
+
+@torch.no_grad()
+def draw(network: nn.Module, initialise: Initialise, generator_of: GeneratorOf) -> None:
+    """Fill every parameter of an allocated network."""
     for name, parameter in network.named_parameters():
         full = torch.empty(parameter.shape, dtype=torch.float32)
         initialise(name, full, generator_of(name))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mirai_dist.cycle import phases
 from mirai_dist.parallel.engine_fsdp import FsdpEngine, NonFiniteError
+from mirai_dist.parallel.materialize import draw
 from mirai_dist.parallel.mesh import build_mesh
 from mirai_dist.plan.shards import ShardPlan, Unit
 from mirai_dist.state.ema import local
@@ -39,7 +40,7 @@ def seeded(name: str) -> torch.Generator:
 
 def sharded(replicas: int = 1) -> tuple[FsdpEngine, nn.Module]:
     engine = FsdpEngine(build_mesh(dist.get_world_size(), replicas, "cpu"), tiny.CPU)
-    return engine, engine.build(plain(meta=True), PLAN, initialise, seeded)
+    return engine, engine.build(plain(meta=True), PLAN, lambda network: draw(network, initialise, seeded))
 
 
 class Step(NamedTuple):

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from mirai_dist.config import load, schema
 from mirai_dist.cycle import roles
 from mirai_dist.cycle.pipeline import Job, Place, make_run
-from mirai_dist.cycle.stages import STAGES, Parents, Run, Stage
+from mirai_dist.cycle.stages import STAGES, Run, Stage
+from mirai_dist.cycle.starts import Starts
 from mirai_dist.models import predictor
 from mirai_dist.models.wan import model as wan_model
 from mirai_dist.observe.console import Console
@@ -100,7 +101,7 @@ def stage_of(recipe: schema.Recipe, name: str, engine: type[FsdpEngine] = FsdpEn
     wide = recipe.parallel.compute_dtype == "float64"
     run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device),
                               draws=(WideDraws if wide else Draws)(seed, CPU))
-    return STAGES[recipe.stages[name].kind](name, run, Parents())
+    return STAGES[recipe.stages[name].kind](name, run, Starts())
 
 
 def train(stage: Stage, positions: int) -> list[dict[str, float]]:

@@ -34,12 +34,12 @@ class Rule:
 
 # The longest matching name decides. A module that no line matches is an offence: decide where it belongs.
 RULES = {
-    "mirai_launch": Rule(("mirai_dist.config", "mirai_dist.plan"), LIGHT),
+    "mirai_launch": Rule(("mirai_dist.config", "mirai_dist.plan", "mirai_dist.commands.arguments"), LIGHT),
     "mirai_kernels": Rule((), ("torch", "triton")),
     "mirai_dist.config": Rule((), LIGHT),
     "mirai_dist.plan": Rule(("mirai_dist.config",), LIGHT),
     "mirai_dist.method": Rule((), ("torch",), never=("torch.distributed",)),
-    "mirai_dist.models": Rule(("mirai_dist.attention",), never=("torch.distributed",)),
+    "mirai_dist.models": Rule(("mirai_dist.attention", "mirai_dist.config.error"), never=("torch.distributed",)),
     "mirai_dist.attention": Rule(),
     "mirai_dist.attention.select": Rule(("mirai_dist.attention", "mirai_kernels")),
     "mirai_dist.parallel": Rule(("mirai_dist.plan.shards",)),
@@ -47,6 +47,9 @@ RULES = {
     "mirai_dist.observe": Rule(("mirai_dist.config",)),
     "mirai_dist.runtime": Rule(("mirai_dist.config", "mirai_dist.observe")),
     "mirai_dist.data": Rule(("mirai_dist.config",)),
+    "mirai_dist.weights": Rule(
+        ("mirai_dist.config", "mirai_dist.models.wan.keys", "mirai_dist.parallel.materialize", "mirai_dist.state")
+    ),
     "mirai_dist.evaluate": Rule(
         ("mirai_dist.config", "mirai_dist.data", "mirai_dist.models", "mirai_dist.method"),
         never=("torch.distributed",),
@@ -55,6 +58,8 @@ RULES = {
         ("mirai_dist.config", "mirai_dist.data", "mirai_dist.models", "mirai_dist.method"),
     ),
     "mirai_dist.cycle": Rule(("mirai_dist",), never=("mirai_dist.__main__",)),
+    "mirai_dist.commands": Rule(("mirai_dist",), never=("mirai_dist.__main__",)),
+    "mirai_dist.commands.arguments": Rule((), LIGHT),
     "mirai_dist.__main__": Rule(("mirai_dist",)),
 }
 NOTHING = Rule((), ())  # mirai_dist/__init__.py: a docstring and the version

@@ -8,12 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from mirai_dist.models.wan import KVCache
-from mirai_dist.models.wan.kv_cache import CacheShape, KeysValues
+from mirai_dist.method.rollout import Past, RolloutInputs, RolloutSettings, rollout
+from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput
+from mirai_dist.models.wan.kv_cache import CacheShape, KeysValues, turned
+from mirai_dist.models.wan.model import WanBlock, layer_norm, modulate, per_frame
+from mirai_dist.models.wan.rope import rotary_table, rotate
 from mirai_kernels.chunk_attention.reference import chunk_attention
+from tests import tiny_wan
 
-BLOCKS, TOKENS, HEADS, WIDTH = 2, 2, 2, 3
+BLOCKS, TOKENS, HEADS, WIDTH = 2, 2, 2, 8  # of the 8 channels of a head, 4 turn with time
 CPU = torch.device("cpu")
 
 
@@ -29,23 +34,33 @@ def frame(index: int) -> KeysValues:
     return tuple((flat[2 * block], flat[2 * block + 1]) for block in range(BLOCKS))
 
 
-def joined(frames: list[int]) -> KeysValues:
+def joined(frames: list[int], later: int = 0, sinks: int = 0) -> KeysValues:
+    """Keys and values of frames, the keys of the first `sinks` ones turned by `later` frames."""
     parts = [frame(index) for index in frames]
     empty = torch.zeros(1, 0, HEADS, WIDTH, dtype=torch.float64)
     return tuple(
-        (torch.cat([empty, *(p[block][0] for p in parts)], 1), torch.cat([empty, *(p[block][1] for p in parts)], 1))
+        (
+            torch.cat([empty, *(spun(p[block][0], later if i < sinks else 0) for i, p in enumerate(parts))], 1),
+            torch.cat([empty, *(p[block][1] for p in parts)], 1),
+        )
         for block in range(BLOCKS)
     )
+
+
+def spun(keys: Tensor, frames: int) -> Tensor:
+    """Keys as complex numbers, multiplied by a unit one: pairs 0 and 1 of 4 turn by `frames` and `frames` / 100."""
+    pairs = torch.view_as_complex(keys.unflatten(-1, (-1, 2)))
+    angles = torch.tensor([frames, frames / 100, 0, 0], dtype=torch.float64)
+    return torch.view_as_real(pairs * torch.polar(torch.ones(4, dtype=torch.float64), angles)).flatten(-2)
 
 
 def shown(held: KVCache) -> list[int]:
     """Frame indices in the order the cache shows them; every token and block must agree on them."""
     seen = []
-    for keys, values in held.view():
-        for part in (keys, values):
-            indices = part.mean(dim=(0, 2, 3)).round().to(torch.int64).view(-1, TOKENS)
-            assert (indices == indices[:, :1]).all()
-            seen.append(indices[:, 0].tolist())
+    for _, values in held.view():
+        indices = values.mean(dim=(0, 2, 3)).round().to(torch.int64).view(-1, TOKENS)
+        assert (indices == indices[:, :1]).all()
+        seen.append(indices[:, 0].tolist())
     assert all(each == seen[0] for each in seen)
     return seen[0]
 
@@ -72,6 +87,10 @@ class Plan:
         oldest = max(self.sink, first - (self.window - self.sink))
         return [*range(min(self.sink, first)), *range(oldest, first)]
 
+    def later(self, first: int) -> int:
+        """By how many frames the sinks are shown late: they end where the newest frames begin."""
+        return max(0, first - self.window) if self.window and self.sink else 0
+
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
@@ -87,7 +106,8 @@ def test_a_segment_sees_the_frames_of_its_window(plan: Plan) -> None:
     held = cache(plan.frames, plan.sink, plan.window)
     for first in range(0, plan.length * plan.segments, plan.length):
         assert sorted(shown(held)) == plan.visible(first)
-        for (keys, values), (all_keys, all_values) in zip(held.view(), joined(plan.visible(first)), strict=True):
+        visible = joined(plan.visible(first), plan.later(first), plan.sink)
+        for (keys, values), (all_keys, all_values) in zip(held.view(), visible, strict=True):
             q, own = torch.ones(1, 1, HEADS, WIDTH, dtype=torch.float64), frame(first)[0]
             attended = chunk_attention(q, own, (keys, values))
             expected = chunk_attention(q, own, (all_keys, all_values))
@@ -140,3 +160,135 @@ def test_writes_keep_values_without_their_graph() -> None:
         for keys, _ in pairs:
             keys.zero_()
     assert shown(held) == [1]  # a copy, not the caller's memory
+
+
+# --- sinks: where a slid window shows them -------------------------------------------------------------------
+
+
+def test_turning_a_rotated_key_is_rotating_it_at_the_later_frame() -> None:
+    keys = torch.randn(1, 6, 2, 20, dtype=torch.float64, generator=tiny_wan.generator(1))
+    at = [rotate(keys, rotary_table((1, 2, 3), first, 20, CPU, torch.float64)) for first in (4, 905)]
+    torch.testing.assert_close(turned(at[0], 901), at[1], rtol=0, atol=1e-12)
+    single = turned(at[0].to(torch.bfloat16), 901)
+    assert single.dtype == torch.bfloat16
+    assert torch.equal(single[..., 8:], at[0].to(torch.bfloat16)[..., 8:])  # rows and columns stay
+    exact = turned(at[0].to(torch.bfloat16).double(), 901).to(torch.bfloat16)
+    assert (single != exact).float().mean() < 0.01  # computed in more than bfloat16
+
+
+def test_turned_sinks_start_from_the_stored_keys_every_time() -> None:
+    """After 500 turns in bfloat16 a sink is what one turn makes of it, to the bit; and a reset brings it back."""
+    held = KVCache(CacheShape(BLOCKS, 1, 3, TOKENS, HEADS, WIDTH, 1, 3), CPU, torch.bfloat16)
+    for index in range(503):
+        held.write(frame(index))
+        view = held.view()
+    assert held.sink_shift == 500
+    for block in range(BLOCKS):
+        expected = turned(frame(0)[block][0].to(torch.bfloat16), 500)
+        assert torch.equal(view[block][0][:, :TOKENS], expected)
+    held.reset()
+    held.write(frame(7))
+    assert held.sink_shift == 0
+    assert torch.equal(held.view()[0][0], frame(7)[0][0].to(torch.bfloat16))
+    for index in range(8, 13):
+        held.write(frame(index))
+    assert torch.equal(held.view()[0][0][:, :TOKENS], turned(frame(7)[0][0].to(torch.bfloat16), 3))
+
+
+@pytest.mark.parametrize(("window", "sink"), [(2, 1), (2, 2)])
+def test_what_a_training_cache_has_shown_stays_as_it_was(window: int, sink: int) -> None:
+    """Backward reads what each segment saw: a cache that holds all frames never turns a sink in place."""
+    held = cache(6, sink, window)
+    views = []
+    for index in range(6):
+        views.append([(keys, values, keys.clone(), values.clone()) for keys, values in held.view()])
+        held.write(frame(index))
+    for view in views:
+        for keys, values, keys_then, values_then in view:
+            assert torch.equal(keys, keys_then) and torch.equal(values, values_then)
+
+
+@torch.no_grad()
+def reference(network: WanModel, settings: RolloutSettings, inputs: RolloutInputs, window: int, sink: int) -> Tensor:
+    """The rollout as the page of mirai_dist/sample.py says it: keys kept without any rotation, each rotated at the
+    frame where it is to be seen, attention written out, everything computed anew in every pass."""
+    length, total = settings.frames_per_segment, inputs.frames
+    raw: list[list[tuple[Tensor, Tensor]]] = []  # a frame, a block
+    video = []
+
+    def forward(latent: Tensor, timestep: float, first: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        past = min(first, window - length) if window else first
+        sinks = min(sink, first)
+        seen = [*range(sinks), *range(first - (past - sinks), first)]
+        places = torch.arange(first - past, first + length)
+        x, grid = network._embed_patches(latent)
+        time = network._embed_time(torch.full((1, 1), timestep, dtype=torch.float64), x.dtype)
+        shared, text = network.time_projection(time).unflatten(-1, (6, -1)), network.text_embedding(inputs.text)
+        own: list[tuple[Tensor, Tensor]] = []
+        for index, block in enumerate(network.blocks):
+            assert isinstance(block, WanBlock)
+            shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (block.modulation + shared).unbind(2)
+            normed = modulate(layer_norm(x), shift_a, scale_a)
+            own.append(block.self_attn.keys_values(normed))
+            keys, values = (torch.cat([*(raw[f][index][i] for f in seen), own[-1][i]], 1) for i in range(2))
+            queries = placed(block.self_attn.queries(normed), places[-length:])
+            x = x + per_frame(block.self_attn.output(attention(queries, placed(keys, places), values)), gate_a)
+            queries = block.cross_attn.queries(block.norm3(x))
+            x = x + block.cross_attn.output(attention(queries, *block.cross_attn.keys_values(text)))
+            x = x + per_frame(block.ffn(modulate(layer_norm(x), shift_f, scale_f)), gate_f)
+        return network._unpatchify(network.head(x, time), grid), own
+
+    for first in range(0, total, length):
+        noise = inputs.segment_noise(first, length)
+        clean = torch.zeros_like(noise[0])  # the first timestep is 1000, where nothing but noise is left
+        for step, timestep in enumerate(settings.timesteps):
+            sigma = timestep / 1000
+            noisy = (1 - sigma) * clean + sigma * noise[step]
+            clean = noisy - sigma * forward(noisy, timestep, first)[0]
+        video.append(clean)
+        sigma = settings.context_timestep / 1000
+        own = forward((1 - sigma) * clean + sigma * noise[-1], settings.context_timestep, first)[1]
+        for f in range(length):
+            tokens = slice(f * tiny_wan.TOKENS, (f + 1) * tiny_wan.TOKENS)
+            raw.append([(keys[:, tokens], values[:, tokens]) for keys, values in own])
+    return torch.cat(video, 1)
+
+
+def placed(keys: Tensor, frames: Tensor) -> Tensor:
+    """Unrotated [B, frames x TOKENS, heads, 20] rotated at `frames`: 4 pairs by time, 3 by row, 3 by column."""
+    at = torch.cartesian_prod(frames.double(), *(torch.arange(n).double() for n in (tiny_wan.ROWS, tiny_wan.COLUMNS)))
+    angles = [at[:, [axis]] * 10000.0 ** (-torch.arange(n).double() / n) for axis, n in enumerate((4, 3, 3))]
+    turn = torch.cat(angles, 1)[None, :, None]
+    even, odd = keys[..., ::2], keys[..., 1::2]
+    return torch.stack((even * turn.cos() - odd * turn.sin(), even * turn.sin() + odd * turn.cos()), -1).flatten(-2)
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    weights = torch.einsum("bqhd,bkhd->bhqk", queries, keys).div(queries.shape[-1] ** 0.5).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("length", "window", "sink"), [(1, 0, 0), (1, 4, 0), (1, 4, 1), (1, 4, 2), (1, 4, 3), (2, 6, 2), (2, 4, 2)]
+)
+def test_rollouts_equal_the_written_definition_of_window_and_sinks(
+    length: int, window: int, sink: int, streaming: bool
+) -> None:
+    network, shape, total = tiny_wan.wan(), tiny_wan.SHAPE, 10
+    settings = RolloutSettings((1000.0, 700.0), length, context_timestep=50.0)
+    noise = torch.stack([tiny_wan.latents(10 + i, 1, total) for i in range(3)])
+    inputs = RolloutInputs(noise, tiny_wan.prompts(2, 1), exit_step=1)
+    past = window - length if window else 0
+    held = max(past, length) if streaming and window else total - length
+    heads = (shape.heads, shape.dim // shape.heads)
+    kept = KVCache(CacheShape(shape.blocks, 1, held, tiny_wan.TOKENS, *heads, sink, past), CPU, torch.float64)
+
+    def causal(latent: Tensor, timesteps: Tensor, text: Tensor, past: Past, capture: int) -> WanOutput:
+        return network(latent, timesteps, text, history=History(*past), capture=Capture(capture))
+
+    expected = reference(network, settings, inputs, window, sink)
+    for _ in range(2):  # a cache is used again
+        video, _ = rollout(causal, settings, inputs, kept)
+        assert (video - expected).abs().max() < 1e-10

@@ -31,6 +31,21 @@ def test_geometry() -> None:
         vae.decode(torch.zeros(1, 2, 8, 4, 4))
 
 
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [1] * 12, [1, 3, 2, 6], [5, 1, 6], [12]])
+def test_the_stream_joined_is_the_whole(sizes: list[int]) -> None:
+    vae = LinearVae()
+    latents = vae.encode(CLIPS[:2])
+    latents = latents + torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    one, other = vae.stream(), vae.stream()  # each is one video
+    pieces, mirrored = [], []
+    for piece in latents.split(sizes, dim=1):
+        pieces.append(one(piece))
+        mirrored.append(other(piece.flip(4)))
+    assert [piece.shape[1] for piece in pieces] == [4 * size - 3 * (i == 0) for i, size in enumerate(sizes)]
+    assert torch.allclose(torch.cat(pieces, dim=1), vae.decode(latents), atol=1e-6)
+    assert torch.allclose(torch.cat(mirrored, dim=1), vae.decode(latents.flip(4)), atol=1e-6)
+
+
 def test_basis_is_orthonormal_analytic_and_not_stored() -> None:
     torch.manual_seed(0)
     first = LinearVae()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mirai_dist.config import load
 from mirai_dist.cycle.roles import causal, kv_cache, rollout_settings
-from mirai_dist.method.rollout import Past, RolloutInputs, RolloutSettings, rollout, segments
+from mirai_dist.method.rollout import DrawnNoise, Past, RolloutInputs, RolloutSettings, rollout, segments
 from mirai_dist.models.wan import Capture, History, KVCache, WanModel
 from mirai_dist.models.wan.kv_cache import CacheShape
 from mirai_dist.parallel.recompute import recompute
@@ -172,6 +172,26 @@ class Case:
             return list(range(first))
         return [f for f in range(first) if f < self.sink or f >= first - (self.window - self.sink)]
 
+    def positions(self, first: int) -> list[int]:
+        """Frames at which the visible ones are shown: once the window has slid, the last before the segment."""
+        count = len(self.visible(first))
+        return list(range(first - count, first))
+
+
+def tensor(noise: Tensor | DrawnNoise) -> Tensor:
+    """The noise of inputs that hold all of it."""
+    assert isinstance(noise, Tensor)
+    return noise
+
+
+def moved(keys: Tensor, later: list[int]) -> Tensor:
+    """Rotated keys [B, frames * TOKENS, heads, 20] with frame i turned by later[i] more frames: 8 time channels."""
+    angles = torch.tensor([[frames * 10000.0 ** (-j / 4) for j in range(4)] for frames in later], dtype=torch.float64)
+    cos, sin = (part.repeat_interleave(TOKENS, 0)[None, :, None] for part in (angles.cos(), angles.sin()))
+    even, odd = keys[..., 0:8:2], keys[..., 1:8:2]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.cat((turned, keys[..., 8:]), dim=-1)
+
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
@@ -201,7 +221,7 @@ class Reference:
 
     def _noise(self, index: int, segment: int) -> Tensor:
         first = segment * self.case.per_segment
-        return self.inputs.noise[index][:, first : first + self.case.per_segment]
+        return tensor(self.inputs.noise)[index][:, first : first + self.case.per_segment]
 
     def _segment(self, segment: int) -> None:
         past = self._prefix(segment)
@@ -231,12 +251,17 @@ class Reference:
         return self._select(contexts, segment * self.case.per_segment)
 
     def _select(self, contexts: list[KeysValues], first: int) -> KeysValues | None:
-        """The visible frames out of the contexts, by frame index."""
+        """The visible frames out of the contexts, by frame index, each key at the frame it is shown at."""
         if not contexts:
             return None
-        tokens = torch.tensor([f * TOKENS + i for f in self.case.visible(first) for i in range(TOKENS)])
+        frames = self.case.visible(first)
+        tokens = torch.tensor([f * TOKENS + i for f in frames for i in range(TOKENS)])
+        later = [at - f for f, at in zip(frames, self.case.positions(first), strict=True)]
         return tuple(
-            (torch.cat([c[b][0] for c in contexts], 1)[:, tokens], torch.cat([c[b][1] for c in contexts], 1)[:, tokens])
+            (
+                moved(torch.cat([c[b][0] for c in contexts], 1)[:, tokens], later),
+                torch.cat([c[b][1] for c in contexts], 1)[:, tokens],
+            )
             for b in range(SHAPE.blocks)
         )
 
@@ -320,12 +345,12 @@ def test_only_leaky_gradients_reach_earlier_exit_passes(leaky: bool) -> None:
     """At exit step 0 the noise of a segment enters its exit pass and nothing else that has a graph."""
     case = Case(exit_step=0, leaky=leaky)
     inputs = case.inputs()
-    inputs.noise.requires_grad_()
+    noise = tensor(inputs.noise).requires_grad_()
     finished = list(segments(causal(saving_network()), case.settings, inputs, case.cache(4)))
     for i, segment in enumerate(finished):
         assert segment.state is not None
         loss = loss_of(i, segment.latents, segment.state)
-        (gradient,) = torch.autograd.grad(loss, inputs.noise, retain_graph=leaky)
+        (gradient,) = torch.autograd.grad(loss, noise, retain_graph=leaky)
         reached = [bool(part.any()) for part in gradient[0].split(case.per_segment, dim=1)]
         assert reached == [j == i or (leaky and j < i) for j in range(case.count)]
         assert not gradient[1:].any()
@@ -347,8 +372,9 @@ def test_a_one_step_rollout_is_the_fixed_point_of_teacher_forcing(per_segment: i
     inputs = case.inputs()
     video, _ = rollout(causal(network), case.settings, inputs, case.cache(FRAMES - per_segment))
     timesteps = torch.full((1,), TIMESTEPS[0], dtype=torch.float64)
-    masked = network(inputs.noise[0], timesteps, inputs.text, clean=video, segment_frames=per_segment).velocity
-    torch.testing.assert_close(inputs.noise[0] - masked, video, rtol=0, atol=1e-11)
+    noise = tensor(inputs.noise)[0]
+    masked = network(noise, timesteps, inputs.text, clean=video, segment_frames=per_segment).velocity
+    torch.testing.assert_close(noise - masked, video, rtol=0, atol=1e-11)
 
 
 # --- windows -------------------------------------------------------------------------------------------------
@@ -372,12 +398,12 @@ def test_long_rollouts_see_a_window_with_sinks(per_segment: int, window: int, si
 
 
 def written(cache: KVCache, segment_frames: int, count: int) -> list[list[int]]:
-    """Frames that each of `count` segments sees, from a cache whose keys hold their frame's index."""
+    """Frames that each of `count` segments sees, from a cache whose values hold their frame's index."""
     seen = []
     size = cache.shape
     for segment in range(count):
-        keys = cache.view()[0][0]
-        seen.append(sorted(keys[0, :: size.tokens_per_frame, 0, 0].int().tolist()))
+        values = cache.view()[0][1]
+        seen.append(sorted(values[0, :: size.tokens_per_frame, 0, 0].int().tolist()))
         if segment + 1 < count:
             frames = torch.arange(segment * segment_frames, (segment + 1) * segment_frames, dtype=torch.float32)
             keys = frames.repeat_interleave(size.tokens_per_frame).view(1, -1, 1, 1)

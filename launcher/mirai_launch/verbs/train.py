@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mirai_dist.config import load, rundir
+from mirai_dist.config import files, load, rundir
 from mirai_dist.config.rules import check_layout
 from mirai_launch import local
 
@@ -32,7 +32,9 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
     """
     recipe, run_dir = None, arguments.run_dir
     if run_dir is None or local.started_ranks(os.environ) is None:
-        recipe = load(arguments.recipe, arguments.overrides).recipe
+        resolved = load(arguments.recipe, arguments.overrides)
+        recipe = resolved.recipe
+        files.check(recipe, resolved.origins)
         run_dir = run_dir or rundir.default(recipe)
     request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
     launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))

@@ -6,7 +6,11 @@ trap is `norm3`: the affine norm before cross-attention, which diffusers calls `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
+
+PATCH = (1, 2, 2)  # frames, rows and columns of latents a token
 
 # (official, diffusers) modules that hold a weight and a bias, outside the blocks and after `blocks.<i>.`
 _OUTER = (
@@ -63,3 +67,48 @@ def _translate(name: str, outer: dict[str, str], inner: dict[str, str]) -> str:
     if first == "blocks" and index.isdecimal() and within in inner:
         return f"blocks.{index}.{inner[within]}"
     raise KeyError(f"{name} is no parameter of Wan2.1's text-to-video transformer")
+
+
+class Sizes(NamedTuple):
+    """Numbers that fix every name and shape; in the order of `WanShape`. heads is 0 where a file does not tell."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    blocks: int
+    text_dim: int = 4096
+    channels: int = 16
+    freq_dim: int = 256
+
+
+# heads of the published networks; a file without a configuration does not say
+PUBLISHED_HEADS = {(1536, 8960, 30): 12, (5120, 13824, 40): 40}
+
+
+def shapes_of(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape of every parameter, in the order of the network."""
+    dim, ffn_dim, _, blocks, text_dim, channels, freq_dim = sizes
+    matrices = {
+        "text_embedding.0": (dim, text_dim),
+        "text_embedding.2": (dim, dim),
+        "time_embedding.0": (dim, freq_dim),
+        "time_embedding.2": (dim, dim),
+        "time_projection.1": (6 * dim, dim),
+        "head.head": (math.prod(PATCH) * channels, dim),
+        "ffn.0": (ffn_dim, dim),
+        "ffn.2": (dim, ffn_dim),
+        "patch_embedding": (dim, channels, *PATCH),
+        "norm3": (dim,),
+    }
+
+    def shape(name: str, vectors: int) -> tuple[int, ...]:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "modulation":
+            return 1, vectors, dim
+        whole = matrices.get(module, (dim,) if ".norm_" in name else (dim, dim))
+        return whole if leaf == "weight" else whole[:1]
+
+    shapes = {name: shape(name, 2) for name, _ in _outer()}
+    for index in range(blocks):
+        shapes |= {f"blocks.{index}.{name}": shape(name, 6) for name, _ in _inner()}
+    return shapes

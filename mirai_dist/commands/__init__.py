@@ -1,0 +1,1 @@
+"""What `mirai VERB` runs where torch is needed: one file a verb, started as `python -m mirai_dist.commands.VERB`."""

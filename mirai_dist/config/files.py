@@ -1,0 +1,30 @@
+"""The files a recipe names, looked for before a job is started, where they can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mirai_dist.config.error import RecipeError
+from mirai_dist.config.schema import Recipe
+
+
+def named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, path) of every file and folder that the recipe names."""
+    if recipe.data.prompts:
+        yield "data.prompts", recipe.data.prompts
+    if recipe.text.path:
+        yield "text.path", recipe.text.path
+    if recipe.vae.path:
+        yield "vae.path", recipe.vae.path
+    for name, weights in recipe.weights.items():
+        yield f"weights.{name}.path", weights.path
+
+
+def check(recipe: Recipe, origins: Mapping[str, str]) -> None:
+    """RecipeError, at the line of its key, for the first file that is not there. Nothing is opened."""
+    for key, path in named(recipe):
+        if not Path(path).exists():
+            place = Path(path) if Path(path).is_absolute() else Path.cwd() / path
+            what = f"{key}: {path} does not exist (looked for {place}); relative paths start where the command runs"
+            raise RecipeError(origins.get(key, "recipe"), f"{what}; set it with {key}=PATH")

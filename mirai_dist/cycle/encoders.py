@@ -1,0 +1,49 @@
+"""The frozen text encoder and autoencoder that a recipe names, and what its samples are conditioned on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mirai_dist.config import schema
+from mirai_dist.config.error import FileError, RecipeError
+from mirai_dist.data.conditions import Conditions, Encoded, Encoder
+from mirai_dist.data.embeddings import EmbeddingStore
+from mirai_dist.data.prompts import PromptFile
+from mirai_dist.data.world import World
+from mirai_dist.models.text import VocabularyEncoder
+from mirai_dist.models.umt5 import Umt5Encoder
+from mirai_dist.models.vae import LinearVae, Vae
+from mirai_dist.models.wan_vae import WanVae
+
+
+def text_of(recipe: schema.Recipe, device: torch.device) -> Encoder:
+    """The text encoder of a recipe, on the device. RecipeError where the recipe holds embeddings instead of one."""
+    text = recipe.text
+    if text.encoder == "vocabulary":
+        return VocabularyEncoder(World(recipe.world, recipe.video, recipe.seed).vocabulary(), text.dim, text.length)
+    if text.encoder == "store":
+        what = "store holds the embeddings of the training prompts only; new prompts need text.encoder=umt5"
+        raise RecipeError("text.encoder", f"{what} text.path=FOLDER_OF_UMT5")
+    encoder = Umt5Encoder.load(Path(text.path), text.length, device)
+    if encoder.dim != text.dim:
+        raise FileError(text.path, f"this encoder is {encoder.dim} wide, text.dim is {text.dim}; change one of them")
+    return encoder
+
+
+def conditions_of(recipe: schema.Recipe, world: World | None, device: torch.device) -> Conditions:
+    """Captions and embeddings that stages train on: the world's or a prompt file's, encoded here or precomputed."""
+    if recipe.text.encoder != "store":
+        return Encoded(world or PromptFile(Path(recipe.data.prompts)), text_of(recipe, device))
+    prompts = PromptFile(Path(recipe.data.prompts))
+    return EmbeddingStore(Path(recipe.text.path), recipe.text.length, prompts, dim=recipe.text.dim)
+
+
+def vae_of(recipe: schema.Recipe, device: torch.device) -> Vae:
+    """The video autoencoder of a recipe, on the device."""
+    if recipe.vae.kind == "linear":
+        return LinearVae().to(device)
+    # fp32 where only a CPU is: its bf16 convolutions are slower and no smaller in the end
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return WanVae.load(Path(recipe.vae.path), device, dtype)
