@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     # The kind of a folder without mirai.json is an assumption, which the command line may correct.
     declared = options.kind or ""
     kind = declared if declared and file.assumed else checked_kind(file, declared)
-    console.say(f"{shown_path(options.source)}: layout {file.layout}, {len(file.shapes)} tensors, {_gigabytes(file.bytes)}")
+    what = f"layout {file.layout}, {len(file.shapes)} tensors, {_gigabytes(file.bytes)}"
+    console.say(f"{shown_path(options.source)}: {what}")
     if file.layout == "pt":
         verify_pt(file.path)
     reader = Reader(file, console, time.monotonic())

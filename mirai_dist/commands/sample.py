@@ -27,6 +27,7 @@ from torch import Tensor
 from mirai_dist.commands.entry import main
 from mirai_dist.commands.generator import Chosen, Opened, Wish, chosen, sampler_of
 from mirai_dist.config import FileError, RecipeError, schema
+from mirai_dist.config.digest import digest
 from mirai_dist.cycle.encoders import text_of
 from mirai_dist.data.conditions import Encoder
 from mirai_dist.data.prompts import PromptFile
@@ -59,6 +60,7 @@ class Job:
     options: argparse.Namespace
     place: Place
     made: Opened
+    identity: str  # digest of the weights
     prompts: PromptFile
     tasks: list[Task]
     console: Console
@@ -102,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
             torch.cuda.set_device(device)
         sampler, identity = sampler_of(choice, device)
         agree(out / MANIFEST, {"weights_digest": identity}, tasks)
-        job = Job(options, place, Opened(sampler, encoder, choice), prompts, tasks, console)
+        job = Job(options, place, Opened(sampler, encoder, choice), identity, prompts, tasks, console)
         _introduce(job)
         _finish(job, sample_all(job))
     return 0
@@ -238,9 +240,10 @@ def _described(options: argparse.Namespace, choice: Chosen, prompts: PromptFile,
 
 
 def _note(job: Job, task: Task) -> str:
-    """What a video's file says about itself."""
-    about = {"seed": task.seed, "weights": str(job.made.chosen.path), "which": job.made.chosen.which}
-    return json.dumps(about, ensure_ascii=False)
+    """What a video's file says about itself; no path, so that the same video is the same file everywhere."""
+    choice = job.made.chosen
+    about = {"seed": task.seed, "weights": job.identity, "which": choice.which, "recipe": digest(choice.recipe)}
+    return json.dumps(about)
 
 
 def _introduce(job: Job) -> None:
@@ -278,7 +281,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise FileError(path, f"cannot be read ({error}); remove it, or name another folder with --out") from error
-    if not isinstance(stored, dict):
+    if not isinstance(stored, dict) or not isinstance(stored.get("videos", {}), dict):
         raise FileError(path, "was not written by mirai sample; name another folder with --out")
     return stored
 

@@ -90,10 +90,11 @@ def is_pickled(published: str) -> bool:
 
 
 def _segments(recipes: Sequence[Recipe]) -> int:
-    """Fewest segments in which every offset has a full and a cut target, and every window slides."""
+    """Fewest segments in which every offset has a full and a cut target, every window slides, and motion shows."""
     video = recipes[0].video
     length, whole = video.frames_per_segment, video.latent_frames // video.frames_per_segment
-    wanted = [3, -(-LEAST_FRAMES // length)]
+    measured = 0 if recipes[0].data.prompts else LEAST_FRAMES
+    wanted = [3, -(-measured // length)]
     for recipe in recipes:
         wanted.append(max(recipe.foresight.offsets) + 2)
         if _slides(recipe):

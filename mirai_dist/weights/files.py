@@ -50,14 +50,12 @@ class WeightFile:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     checksums: Mapping[str, int] = field(default_factory=dict)
     bytes_read: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(init=False)
+    dtypes: dict[str, torch.dtype] = field(init=False)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: stored.shape for name, stored in self.stored.items()}
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        return {name: stored.dtype for name, stored in self.stored.items() if stored.dtype is not None}
+    def __post_init__(self) -> None:
+        self.shapes = {name: stored.shape for name, stored in self.stored.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self.stored.items() if stored.dtype is not None}
 
     @property
     def bytes(self) -> int:
@@ -134,7 +132,7 @@ def open_weights(path: Path, which: Which = "raw", whole: bool = False) -> Weigh
     except FileNotFoundError:
         raise FileError(path, "does not exist; look at its spelling") from None
     except OSError as error:
-        raise FileError(path, f"cannot be read: {error}") from error
+        raise FileError(path, f"cannot be read: {error.strerror}: {error.filename or path}") from error
 
 
 def checked_kind(file: WeightFile, declared: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -160,6 +161,7 @@ class FolderContents:
 _UNCHECKED = ("_class_name", "_diffusers_version", "text_len", "rope_max_seq_len")
 _VARIANTS = ("model_type", "eps", "patch_size", "qk_norm", "cross_attn_norm", "added_kv_proj_dim", "image_dim")
 _LAYOUTS = {"WanModel": "wan", "CausalWanModel": "wan", "WanTransformer3DModel": "diffusers"}
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)
 _TRANSFORMER = "transformer"  # of a pipeline folder of diffusers
 
 
@@ -238,8 +240,8 @@ def _tensors(path: Path) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     shards: dict[str, SafetensorsFile] = {}
     for key, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard or "\0" in shard:
-            raise FileError(path / INDEX, f"{key}: {shard!r} is no file name")
+        if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard):
+            raise FileError(path / INDEX, f"{key}: {str(shard)[:60]!r} is no name of a file in this folder")
         if shard not in shards:
             if not (path / shard).is_file():
                 raise FileError(path / INDEX, f"names the shard {shard}, which is not there; copy the whole folder")

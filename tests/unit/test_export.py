@@ -261,10 +261,10 @@ def measure_exports(small: str, large: str, out: str) -> None:
 
 
 def test_memory_does_not_grow_with_the_network(run_dir: Path, tmp_path: Path) -> None:
-    """67 MiB of weights, of which no tensor has more than 1.5 MiB; shard files of 8 MiB."""
-    sizes = WanShape(dim=256, ffn_dim=1024, heads=2, blocks=16, text_dim=7, channels=16, freq_dim=16)
+    """35 MiB of weights, of which no tensor has more than 1.5 MiB; shard files of 8 MiB."""
+    sizes = WanShape(dim=256, ffn_dim=1024, heads=2, blocks=8, text_dim=7, channels=16, freq_dim=16)
     text = RECIPE.replace("generator: {dim: 20, ffn_dim: 27, heads: 2, blocks: 2",
-                          "generator: {dim: 256, ffn_dim: 1024, heads: 2, blocks: 16")
+                          "generator: {dim: 256, ffn_dim: 1024, heads: 2, blocks: 8")
     large = new_run(tmp_path / "run", text)
     train(large, Training(average=False), shape=sizes)
     code = "import sys; from tests.unit.test_export import measure_exports; measure_exports(*sys.argv[1:])"
@@ -275,8 +275,7 @@ def test_memory_does_not_grow_with_the_network(run_dir: Path, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout.splitlines()[-1])
-    print(grown)
-    assert (tmp_path / "large.pt").stat().st_size > 66 * MIB
+    assert (tmp_path / "large.pt").stat().st_size > 34 * MIB
     assert grown["self-forcing"] < 16 * MIB and grown["wan"] < 28 * MIB, grown
 
 

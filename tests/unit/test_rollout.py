@@ -441,3 +441,63 @@ def test_settings_of_a_recipe_are_warped() -> None:
     settings = rollout_settings(recipe)
     assert settings.timesteps == pytest.approx((1000, 937.5, 2500 / 3, 625))
     assert (settings.frames_per_segment, settings.context_timestep, settings.leaky) == (3, 0.0, True)
+
+
+# --- noise that comes when it is needed, and segments that are given -----------------------------------------
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_noise_drawn_by_segment_is_the_noise_of_one_tensor(with_gradient: bool) -> None:
+    case = Case(context_timestep=100.0)
+    inputs, asked = case.inputs(), []
+
+    def draw(first: int) -> Tensor:
+        asked.append(first)
+        return tensor(inputs.noise)[:, :, first : first + case.per_segment]
+
+    drawn = inputs._replace(noise=DrawnNoise(case.frames, draw))
+    with torch.set_grad_enabled(with_gradient):
+        expected, states = rollout(causal(wan()), case.settings, inputs, case.cache(4))
+        stream = segments(causal(wan()), case.settings, drawn, case.cache(4))
+        video = [next(stream)]
+        assert asked == [0]  # nothing is drawn before its time
+        video += stream
+    assert torch.equal(torch.cat([segment.latents for segment in video], 1), expected)
+    assert all(torch.equal(segment.state, state) for segment, state in zip(video, states, strict=True))  # type: ignore[arg-type]
+    assert asked == [0, 2, 4]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("leaky", [True, False])
+def test_given_segments_are_cached_as_generated_ones_are(count: int, leaky: bool) -> None:
+    """A rollout that is given its own beginning goes on as it did."""
+    case = Case(context_timestep=100.0, leaky=leaky, window=2, sink=2)
+    whole, states = rollout(causal(wan()), case.settings, case.inputs(), case.cache(4))
+    given = whole[:, : count * case.per_segment].detach()
+    video, later = rollout(causal(wan()), case.settings, case.inputs()._replace(given=given), case.cache(4))
+    assert torch.equal(video, whole)
+    assert len(later) == case.count - count and all(map(torch.equal, later, states[count:]))
+
+
+def test_given_segments_get_a_context_pass_and_no_other() -> None:
+    settings = RolloutSettings(TIMESTEPS, 2, context_timestep=100.0)
+    network, cache = Recorder(), KVCache(CacheShape(1, 2, 6, 1, 1, 1), CPU, torch.float64)
+    noise = torch.randn(4, 2, 6, 3, 2, 2, dtype=torch.float64, generator=generator(0))
+    given = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64, generator=generator(1))
+    with torch.no_grad():
+        stream = segments(network, settings, RolloutInputs(noise, torch.zeros(2, 1, 1), 2, given=given), cache)
+        assert torch.equal(next(stream).latents, given)
+        # it comes after its pass, so that what is measured until the next segment is that segment's own
+        assert [(call.first_frame, call.timestep) for call in network.calls] == [(0, 100.0)]
+        next(stream)
+    torch.testing.assert_close(network.calls[0].latent, 0.9 * given + 0.1 * noise[3][:, :2], rtol=0, atol=1e-15)
+    assert [call.first_frame for call in network.calls[1:]] == [2, 2, 2]
+    assert all(call.text_cached for call in network.calls[1:])
+
+
+@pytest.mark.parametrize("frames", [1, 3, 6, 8])
+def test_given_frames_that_are_no_whole_segments_or_the_whole_video_are_refused(frames: int) -> None:
+    case = Case()
+    inputs = case.inputs()._replace(given=torch.zeros(1, frames, 4, 4, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=f"{frames} given frames are not whole segments of 2 before the end of 6"):
+        next(segments(causal(wan()), case.settings, inputs, case.cache(4)))

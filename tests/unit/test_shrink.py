@@ -20,6 +20,7 @@ from mirai_dist.config.rules import check_layout
 from mirai_dist.config.schema import Recipe
 from mirai_dist.data.embeddings import EmbeddingStore
 from mirai_dist.data.prompts import PromptFile
+from mirai_dist.evaluate.world_metrics import LEAST_FRAMES
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.models.wan.keys import shapes_of
 from mirai_dist.models.wan_vae import WanVae
@@ -94,7 +95,7 @@ def test_what_begins_late_begins_between_the_two_cycles() -> None:
 def test_segments_suffice_for_offsets_and_for_measuring() -> None:
     for overrides, frames in (
         ((), 9), (("foresight.offsets=[2]",), 12), (("foresight.offsets=[0,6]",), 21),
-        (("video.frames_per_segment=1", "foresight.offsets=[0]"), 4),
+        (("video.frames_per_segment=1", "foresight.offsets=[0]"), 3),
         (("video.frames_per_segment=1", "foresight.offsets=[1,3]"), 5),
         (("study.arms.far=['foresight.offsets=[3]']",), 15),
     ):  # fmt: skip
@@ -102,6 +103,8 @@ def test_segments_suffice_for_offsets_and_for_measuring() -> None:
         assert tiny.video.latent_frames == frames, overrides
     _, tiny = small(CHUNKWISE, "video.latent_frames=6")
     assert tiny.video.latent_frames == 6  # never more than there were
+    _, tiny = small(TINY, "video.frames_per_segment=1")
+    assert tiny.video.latent_frames == LEAST_FRAMES
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_vbench_names_are_exact_for_prompts_like_its_own() -> None:
 def test_other_prompts_become_names_that_files_can_have(tmp_path: Path) -> None:
     prompts = [
         "x" * 246, "x" * 400, "x" * 399 + "y", "\u732b" * 100, "a" + "\u732b" * 100, "\U0001f600" * 64,
-        "1/2", "1_2", "1\n2", "1\0" + "2", "1\u20282", "../../etc/passwd", "\udc80", "/" * 500,
+        "1/2", "1_2", "1\n2", "1\0" + "2", "1\u20282", "../../etc/passwd", "\udc80", "\udc81", "/" * 500,
     ]  # fmt: skip
     found = [vbench_name(prompt, 3) for prompt in prompts]
     assert len(set(found)) == len(found)

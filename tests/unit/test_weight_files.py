@@ -104,7 +104,8 @@ def test_raw_weights_and_averages_are_never_exchanged_in_silence(tmp_path: Path)
     alone = wan_files.pt(tmp_path / "a.pt", TENSORS, "causal-forcing late")
     with pytest.raises(FileError, match="moving average alone .* ask for it: which: ema"):
         open_weights(alone)
-    for path in (wan_files.pt(tmp_path / "b.pt", TENSORS, "causal-forcing"), wan_files.official(tmp_path / "c", TENSORS)):
+    without = wan_files.pt(tmp_path / "b.pt", TENSORS, "causal-forcing")
+    for path in (without, wan_files.official(tmp_path / "c", TENSORS)):
         with pytest.raises(FileError, match="no.* moving average.*; ask for its raw weights"):
             open_weights(path, "ema")
     assert open_weights(ours(tmp_path / "d", TENSORS, which="ema"), "ema").which == "ema"
@@ -324,17 +325,19 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
              "a LoRA, not whole weights; merge it"),
     "other network": ("x.safetensors", lambda path: safetensors_of(path, layers__0__weight=(2, 2)),
                       r"missing key patch_embedding.weight; these are no weights .*there is layers.0.weight"),
-    "optimizer": ("x.pt", lambda path: saved({"model": {"state.0.exp_avg": torch.zeros(2)}}, path), "optimizer's state"),
+    "optimizer": ("x.pt", lambda path: saved({"model": {"state.0.exp_avg": torch.zeros(2)}}, path),
+                  "an optimizer's state"),
     "a tensor": ("x.pt", lambda path: saved(torch.zeros(3), path), "holds a Tensor, not a dictionary"),
     "a list": ("x.pt", lambda path: saved([1, 2], path), "holds a list, not a dictionary"),
     "numbers": ("x.pt", lambda path: saved({"generator": {"a": 1}}, path), "generator.a is a int, not a tensor"),
     "no dictionary": ("x.pt", lambda path: saved({"generator": None}, path), "'generator' is a NoneType"),
     "empty dictionary": ("x.pt", lambda path: saved({"generator": {}}, path), "'generator' is empty"),
     "sparse": ("x.pt", lambda path: saved({"a": torch.eye(3).to_sparse()}, path), "sparse"),
-    "twice": ("x.pt", lambda path: saved({"model.a": torch.zeros(1), "a": torch.zeros(1)}, path), "the same parameter a"),
+    "twice": ("x.pt", lambda path: saved({"model.a": torch.zeros(1), "a": torch.zeros(1)}, path),
+              "the same parameter a"),
     "objects": ("x.pt", lambda path: saved({"generator": Path("x")}, path), r"Python objects \(pathlib\.\w+\)"),
-    "diffusers names in a .pt": ("x.pt", lambda path: saved({"condition_embedder.time_proj.bias": torch.zeros(2)}, path),
-                                 "names of the diffusers layout"),
+    "diffusers names": ("x.pt", lambda path: saved({"condition_embedder.time_proj.bias": torch.zeros(2)}, path),
+                        "names of the diffusers layout"),
 }
 
 
@@ -435,10 +438,13 @@ Mutation = Callable[[Path, random.Random], object]
 
 def cut(share: float, extra: int = 0) -> Mutation:
     """Keep this share of the file and some bytes."""
-    return lambda path, draws: os.truncate(path, max(0, min(path.stat().st_size, int(path.stat().st_size * share) + extra)))
+    def mutate(path: Path, draws: random.Random) -> None:
+        size = path.stat().st_size
+        os.truncate(path, max(0, min(size, int(size * share) + extra)))
+    return mutate
 
 
-def flip(where: Callable[[bytes, random.Random], int], count: int = 1) -> Mutation:
+def flip(where: Callable[[Any, random.Random], int], count: int = 1) -> Mutation:
     def mutate(path: Path, draws: random.Random) -> None:
         data = bytearray(path.read_bytes())
         for _ in range(count):
@@ -488,17 +494,23 @@ def header_edited(change: Callable[[dict[str, Any], list[str]], object]) -> Muta
     return mutate
 
 
-CONTENTS = {"text": b"hello world, no weights here\n" * 9, "html": b"<!DOCTYPE html><html>404</html>", "empty": b"",
-            "png": b"\x89PNG\r\n\x1a\n" + bytes(64), "zip": b"PK\x03\x04" + bytes(60), "zip end": b"PK\x05\x06" + bytes(18),
-            "zeros": bytes(4096), "ones": b"\xff" * 4096, "json": b'{"a": 1}', "noise": random.Random(0).randbytes(4096),
-            "gguf": b"GGUF" + bytes(99), "huge length": struct.pack("<Q", 2**63) + b"{}", "pickle": pickle.dumps({}, 2),
-            "bare header": struct.pack("<Q", 2) + b"{}", "deep": struct.pack("<Q", 200_000) + b'{"a":' + b"[" * 199_995}
-JSON_CONTENTS = {"json list": b"[]", "null": b"null", "number": b"7", "not utf-8": b"\xff\xfe{}", "open": b'{"a": ',
-                 "deep": b"[" * 100_000, "many digits": b'{"dim": ' + b"9" * 5000 + b"}", "empty": b"", "no keys": b"{}",
-                 "png": CONTENTS["png"]}
+CONTENTS = {
+    "text": b"hello world, no weights here\n" * 9, "html": b"<!DOCTYPE html><html>404</html>", "empty": b"",
+    "png": b"\x89PNG\r\n\x1a\n" + bytes(64), "zip": b"PK\x03\x04" + bytes(60), "gguf": b"GGUF" + bytes(99),
+    "zip end": b"PK\x05\x06" + bytes(18), "zeros": bytes(4096), "ones": b"\xff" * 4096, "json": b'{"a": 1}',
+    "noise": random.Random(0).randbytes(4096), "huge length": struct.pack("<Q", 2**63) + b"{}",
+    "pickle": pickle.dumps({}, 2), "bare header": struct.pack("<Q", 2) + b"{}",
+    "deep": struct.pack("<Q", 200_000) + b'{"a":' + b"[" * 199_995,
+}
+JSON_CONTENTS = {
+    "json list": b"[]", "null": b"null", "number": b"7", "not utf-8": b"\xff\xfe{}", "open": b'{"a": ',
+    "deep": b"[" * 100_000, "many digits": b'{"dim": ' + b"9" * 5000 + b"}", "empty": b"", "no keys": b"{}",
+    "png": CONTENTS["png"],
+}
+CUTS = [(0, 1), (0, 7), (0, 8), (0, 9), (0, 100), (0.01, 0), (0.3, 0), (0.5, 0), (0.9, 1), (1, -1), (1, -4)]
+NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 SHARD_MUTATIONS: dict[str, Mutation] = {
-    **{f"cut to {share:.0%} {extra:+d}": cut(share, extra)
-       for share, extra in [(0, 1), (0, 7), (0, 8), (0, 9), (0, 100), (0.01, 0), (0.3, 0), (0.5, 0), (0.9, 1), (1, -1), (1, -4)]},
+    **{f"cut to {share:.0%} {extra:+d}": cut(share, extra) for share, extra in CUTS},
     **{f"header flip {number}": flip(in_header) for number in range(16)},
     **{f"header flips {number}": flip(in_header, 5) for number in range(4)},
     **{f"length flip {number}": flip(in_length) for number in range(4)},
@@ -509,7 +521,7 @@ SHARD_MUTATIONS: dict[str, Mutation] = {
     "dropped": header_edited(lambda header, names: header.pop(names[3])),
     "renamed": header_edited(lambda header, names: header.update(other=header.pop(names[3]))),
     "added": header_edited(lambda header, names: header.update(other=header[names[0]])),
-    "empty tensor": header_edited(lambda h, names: h.update(other={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]})),
+    "empty tensor": header_edited(lambda header, names: header.update(other=NOTHING)),
     "no dtype": header_edited(lambda header, names: header[names[1]].pop("dtype")),
     "other dtype": header_edited(lambda header, names: header[names[1]].update(dtype="I32")),
     "unknown dtype": header_edited(lambda header, names: header[names[1]].update(dtype="F32X")),
@@ -521,8 +533,9 @@ SHARD_MUTATIONS: dict[str, Mutation] = {
     "entries are numbers": header_edited(lambda header, names: header.update(dict.fromkeys(names, 1))),
     "offsets reversed": header_edited(lambda header, names: header[names[1]]["data_offsets"].reverse()),
     "offsets beyond": header_edited(lambda h, names: h[names[1]].update(data_offsets=[10**9, 10**9 + 160])),
-    "blocks renumbered": header_edited(lambda h, names: [h.update({n.replace("blocks.0", "blocks.99999999999"): h.pop(n)})
-                                                         for n in names if n.startswith("blocks.0")]),
+    "blocks renumbered": header_edited(lambda header, names: [
+        header.update({name.replace("blocks.0", "blocks.99999999999"): header.pop(name)})
+        for name in names if name.startswith("blocks.0")]),
 }
 CONFIG_MUTATIONS: dict[str, Mutation] = {
     **{f"is {name}": bytes_of(content) for name, content in JSON_CONTENTS.items()},
@@ -581,7 +594,8 @@ PT_MUTATIONS: dict[str, Mutation] = {
 # base -> (file in it, its mutations)
 TARGETS: dict[str, list[tuple[str, dict[str, Mutation]]]] = {
     "official": [(FIRST, SHARD_MUTATIONS), ("config.json", CONFIG_MUTATIONS), (INDEX, INDEX_MUTATIONS)],
-    "ours": [(WHOLE, {f"data flip {number}": flip(in_data) for number in range(12)}), ("mirai.json", MANIFEST_MUTATIONS)],
+    "ours": [(WHOLE, {f"data flip {number}": flip(in_data) for number in range(12)}),
+             ("mirai.json", MANIFEST_MUTATIONS)],
     "pt": [("", PT_MUTATIONS)],
     "old pt": [("", {f"flip {number}": flip(lambda data, draws: draws.randrange(9000)) for number in range(12)})],
 }

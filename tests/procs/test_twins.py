@@ -1,0 +1,148 @@
+"""The tiny twin of every shipped recipe, trained by `mirai train` on two ranks from its files to the report.
+
+A twin differs from its recipe in sizes (tests/unit/test_shrink.py), so what runs here is what the recipe will run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from mirai_dist.commands import shrink
+from mirai_dist.commands.twin import RANKS, ranks_of
+from mirai_dist.config import Resolved, load
+from mirai_dist.config.rules import check_layout
+from mirai_dist.config.schema import Recipe
+from mirai_dist.models.wan.keys import Sizes, shapes_of
+from mirai_dist.state import commit
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = sorted(REPOSITORY.glob("recipes/[!b]*/*.yaml"))
+FORESIGHT = {"loss/foresight", "cosine/foresight", "grad_norm/predictor", "lr/predictor", "seconds/encoder"}
+REPLAY = {"cosine/replay", "grad_norm/predictor", "lr/predictor"}
+
+
+def environment() -> dict[str, str]:
+    """This environment without any launcher's variables; a guard against the network is on PYTHONPATH."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    paths = [REPOSITORY / "tests" / "guard", REPOSITORY, REPOSITORY / "launcher", REPOSITORY / "kernels"]
+    own = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return kept | own
+
+
+def train(recipe: Path, run_dir: Path) -> str:
+    """What the uninterrupted run said; the test fails when it did not end well."""
+    command = [sys.executable, "-m", "mirai_launch", "train", str(recipe), "--nproc", str(RANKS)]
+    process = subprocess.Popen([*command, "--run-dir", str(run_dir)], env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=recipe.parent)
+    try:
+        said, errors = process.communicate(timeout=280)
+    finally:
+        process.send_signal(signal.SIGQUIT)  # torchrun takes its ranks along; no effect where it has ended
+    assert process.returncode == 0, said[-2000:] + errors[-4000:]
+    assert errors == ""
+    return said
+
+
+def records(job: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+
+
+def stored(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint by what follows `prefix` in their names."""
+    reader = dcp.FileSystemReader(checkpoint / "tensors")
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore
+               for name, entry in entries.items() if name.startswith(prefix)}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def newest(job: Path) -> Path:
+    path = commit.latest(job / "checkpoints")
+    assert path is not None, job
+    commit.verify(path)
+    return path
+
+
+def jobs(resolved: Resolved, stage: str, run_dir: Path) -> list[tuple[Recipe, Path]]:
+    """(recipe, directory) of every training run of a stage."""
+    root = run_dir / "stages" / stage
+    if resolved.recipe.stages[stage].kind != "dmd":
+        return [(resolved.recipe, root)]
+    study = resolved.recipe.study
+    return [(resolved.with_overrides(overrides, arm).recipe, root / arm / f"seed-{seed}")
+            for arm, overrides in study.arms.items() for seed in study.seeds]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_twin_runs_to_its_report(path: Path, tmp_path: Path) -> None:
+    recipe = load(path)
+    twin = load(shrink.write(recipe, ranks_of(path, None), tmp_path / "twin") / "recipe.yaml")
+    run_dir = tmp_path / "run"
+    said = train(twin.path, run_dir)
+    assert f"report: {run_dir / 'report.html'}" in said and (run_dir / "report.html").stat().st_size > 10_000
+    accumulated = check_layout(recipe.recipe, ranks_of(path, None))
+    for name, count in accumulated.items():
+        assert f"{name}: {count}\n" in (run_dir / "effective.yaml").read_text()
+        for arm, job in jobs(twin, name, run_dir):
+            check_job(arm, name, job)
+    if twin.recipe.weights:
+        starts_from_its_files(twin.recipe, run_dir / "stages" / "distil")
+
+
+def check_job(recipe: Recipe, name: str, job: Path) -> None:
+    """Both cycles ran, with finite numbers, in the phases the recipe asks for; weights of the official names."""
+    stage = recipe.stages[name]
+    assert json.loads((job / "DONE").read_text())["cycles"] == stage.cycles == 2
+    assert (job / "samples" / "cycle-000002.mp4").stat().st_size > 0
+    rows = records(job)
+    for row in rows:
+        numbers = [value for value in row.values() if isinstance(value, int | float)]
+        assert all(math.isfinite(number) for number in numbers), row
+    updates = ("generator", *("critic",) * recipe.dmd.critic_updates) if stage.kind == "dmd" else ("update",)
+    assert [(row["cycle"], row["phase"]) for row in rows] == [(c, phase) for c in range(2) for phase in updates]
+    if stage.kind == "dmd":
+        check_foresight(recipe, rows)
+    final = newest(job)
+    role = "teacher" if stage.kind == "bidirectional" else "generator"
+    network = getattr(recipe, role)
+    sizes = Sizes(network.dim, network.ffn_dim, network.heads, network.blocks,
+                  recipe.text.dim, recipe.video.channels, network.freq_dim)
+    for which, present in (("networks", True), ("averages", stage.ema.decay > 0)):
+        weights = stored(final, f"{which}/{role}/")
+        assert {key: tuple(each.shape) for key, each in weights.items()} == (shapes_of(sizes) if present else {})
+        assert all(each.isfinite().all() for each in weights.values())
+
+
+def check_foresight(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
+    """Foresight is seen from its first cycle on and not before; without weight never."""
+    foresight, last = recipe.foresight, recipe.dmd.critic_updates
+    for row in rows:
+        on = foresight.weight > 0 and row["cycle"] >= foresight.start_cycle
+        expected = {"generator": FORESIGHT - {"seconds/encoder"}, "critic": REPLAY}[row["phase"]] if on else set()
+        if on and row["position"] == last:
+            expected = expected | {"seconds/encoder"}
+        assert (FORESIGHT | REPLAY) & row.keys() == expected, row
+
+
+def starts_from_its_files(recipe: Recipe, stage: Path) -> None:
+    """Generator and critic moved from the file's weights, by no more than two and ten updates can."""
+    [job] = stage.glob("*/seed-*")
+    start = torch.load(recipe.weights["start"].path, weights_only=True)["generator"]
+    for key, tensor in stored(newest(job), "networks/generator/").items():
+        moved = (tensor - start[f"model.{key}"]).abs().max()
+        assert moved <= 10 * recipe.stages["distil"].optimizer.lr, key
+        assert moved > 0 or key.endswith(".k.bias"), key  # the softmax does not see a bias of the keys
