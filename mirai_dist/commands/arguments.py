@@ -19,7 +19,7 @@ class Verb:
 
 
 def import_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="official or diffusers folder, or a .pt file")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="official or diffusers folder, .safetensors or .pt")
     parser.add_argument("--out", type=Path, required=True, help="new folder in the official layout")
     parser.add_argument("--kind", choices=("diffusion", "ar", "ode", "cd", "dmd"), help="what the weights are")
     parser.add_argument("--which", choices=("raw", "ema"), default="raw", help="weights as trained, or their average")

@@ -54,16 +54,17 @@ class Pace:
     console: Console
     total: int
     done: int = 0
-    began: float = field(default_factory=time.monotonic)
-    said: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._began = self._said = time.monotonic()
 
     def advance(self) -> None:
         self.done += 1
         now = time.monotonic()
-        if now - self.said < SECONDS_BETWEEN_LINES:
+        if now - self._said < SECONDS_BETWEEN_LINES:
             return
-        self.said = now
-        rate = self.done / (now - self.began)
+        self._said = now
+        rate = self.done / (now - self._began)
         left = (self.total - self.done) / rate
         to_go = f"{left:.0f}s" if left < 60 else f"{left // 3600:.0f}h {left % 3600 / 60:02.0f}m"
         self.console.say(f"embed {self.done}/{self.total} prompts  {rate:.3g} prompts/s  to go {to_go}")

@@ -2,7 +2,7 @@
 
 What stays is everything that decides which code runs: roles and their sources, cadence, accumulation, exit draws,
 offsets, presets, schedules, precision, sharding units, window and sink, the proportion of the networks' depths.
-What shrinks is how large and how long: widths, depths, frames, texts, cycles, ranks.
+What shrinks is how large and how long: widths, depths, frames, texts, cycles, seeds, ranks.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _shrunken(recipe: Recipe, scale: Scale) -> Recipe:
         stages={name: _stage(stage, scale) for name, stage in recipe.stages.items()},
         parallel=replace(recipe.parallel, replicas=min(recipe.parallel.replicas, RANKS)),
         checkpoint=replace(recipe.checkpoint, every_cycles=1),
-        study=replace(recipe.study, seeds=recipe.study.seeds[:2]),
+        study=replace(recipe.study, seeds=recipe.study.seeds[:1]),
         evaluate=_evaluate(recipe.evaluate),
     )
 

@@ -16,6 +16,8 @@ from mirai_dist.models.text import VocabularyEncoder
 from mirai_dist.models.umt5 import Umt5Encoder
 from mirai_dist.models.vae import LinearVae, Vae
 from mirai_dist.models.wan_vae import WanVae
+from mirai_dist.parallel.engine_fsdp import FsdpEngine
+from mirai_dist.plan.shards import text_plan
 
 
 def text_of(recipe: schema.Recipe, device: torch.device) -> Encoder:
@@ -32,10 +34,16 @@ def text_of(recipe: schema.Recipe, device: torch.device) -> Encoder:
     return encoder
 
 
-def conditions_of(recipe: schema.Recipe, world: World | None, device: torch.device) -> Conditions:
-    """Captions and embeddings that stages train on: the world's or a prompt file's, encoded here or precomputed."""
+def conditions_of(recipe: schema.Recipe, world: World | None, engine: FsdpEngine) -> Conditions:
+    """Captions and embeddings that stages train on: the world's or a prompt file's, encoded here or precomputed.
+
+    A resident UMT5 is sharded as the networks are; every rank then encodes as many prompts as every other.
+    """
     if recipe.text.encoder != "store":
-        return Encoded(world or PromptFile(Path(recipe.data.prompts)), text_of(recipe, device))
+        encoder = text_of(recipe, engine.device)
+        if isinstance(encoder, Umt5Encoder):
+            engine.shard(encoder.network, text_plan(recipe.parallel, encoder.blocks))
+        return Encoded(world or PromptFile(Path(recipe.data.prompts)), encoder)
     prompts = PromptFile(Path(recipe.data.prompts))
     return EmbeddingStore(Path(recipe.text.path), recipe.text.length, prompts, dim=recipe.text.dim)
 

@@ -78,15 +78,15 @@ def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
 def make_run(job: Job, place: Place) -> Run:
     """Engine, keyed randomness, and what samples are conditioned on, for one job."""
     recipe, ranks = job.recipe, place.ranks
-    mesh = build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type)
+    engine = FsdpEngine(build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type), ranks.device)
     world = None if recipe.data.prompts else VideoWorld(recipe.world, recipe.video, recipe.seed)
     return Run(
         recipe,
         ranks.world_size,
         ranks.rank,
-        FsdpEngine(mesh, ranks.device),
+        engine,
         Draws(job.seed, ranks.device),
-        conditions_of(recipe, world, ranks.device),
+        conditions_of(recipe, world, engine),
         world,
     )
 
@@ -100,6 +100,8 @@ def train(job: Job, place: Place) -> None:
     run = make_run(job, place)
     starts = starts_of(job.recipe, job.stage, place.run_dir)
     stage: Stage = STAGES[job.recipe.stages[job.stage].kind](job.stage, run, starts)
+    for role, origin in stage.started.items():
+        place.console.say(f"{job.title}: {role} from {origin}")
     saver = Saver(
         job.directory / "checkpoints", job.recipe.checkpoint, digest(job.recipe), place.ranks.rank, place.console
     )

@@ -36,7 +36,7 @@ class Saver:
                 "cycle": stage.cycle,
                 "position": stage.position,
                 "roles": list(stage.roles),
-                "starts": stage.starts.described(),
+                "starts": {role: started.described() for role, started in stage.started.items()},
             }
             checkpoint.save(path, stage.state(), passport)
             if self.rank == 0:

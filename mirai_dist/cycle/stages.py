@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mirai_dist.config import schema
 from mirai_dist.config.rules import accumulation
 from mirai_dist.cycle import phases
 from mirai_dist.cycle.encoders import vae_of
 from mirai_dist.cycle.roles import Builder, Fill, Role, Training, kv_cache, rollout_settings
-from mirai_dist.cycle.starts import Starts, fill
+from mirai_dist.cycle.starts import Started, Starts, fill
 from mirai_dist.data.conditions import Conditions
 from mirai_dist.data.world import World
 from mirai_dist.method.foresight import PRESETS, captured_blocks
@@ -61,7 +61,7 @@ class Run:
         """The autoencoder, loaded when something first needs pixels: DMD alone never does."""
         return vae_of(self.recipe, self.draws.device)
 
-    @cached_property
+    @property
     def negative(self) -> Tensor:
         """Embedding [1, length, dim] of the negative prompt, on the device."""
         return self.conditions.negative().to(self.draws.device)
@@ -84,6 +84,7 @@ class Stage(ABC):
 
     def __init__(self, name: str, run: Run, starts: Starts) -> None:
         self.name, self.run, self.recipe, self.starts = name, run, run.recipe, starts
+        self.started: dict[str, Started] = {}  # by role, as the networks are built
         self.stage = run.recipe.stages[name]
         self.layout = BatchLayout(
             run.ranks, run.rank, self.stage.batch.micro_size, accumulation(self.stage.batch, run.ranks)
@@ -108,7 +109,11 @@ class Stage(ABC):
         source = getattr(self.starts, role)
         if source is None:
             return None
-        return lambda network: fill(network, source, self.stage.kind, role)
+
+        def load(network: nn.Module) -> None:
+            self.started[role] = fill(network, source, self.stage.kind, role)
+
+        return load
 
     def purpose(self, what: str) -> str:
         """Name of a draw. It holds the stage, not the arm: arms of a study share their draws."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -12,7 +13,7 @@ from mirai_dist.config import schema
 from mirai_dist.config.error import FileError
 from mirai_dist.config.kinds import PRODUCES, refusal
 from mirai_dist.state.checkpoint import describe, load_network, newest
-from mirai_dist.state.commit import CheckpointError
+from mirai_dist.state.commit import MANIFEST, CheckpointError
 from mirai_dist.weights.files import checked_kind, open_weights
 from mirai_dist.weights.load import load_into
 
@@ -29,10 +30,6 @@ class Source:
     kind: str
     published: bool
 
-    def described(self) -> dict[str, str]:
-        """For the passports of checkpoints that descend from this."""
-        return {"name": self.name, "path": str(self.path), "which": self.which, "kind": self.kind}
-
 
 @dataclass(frozen=True)
 class Starts:
@@ -41,9 +38,6 @@ class Starts:
     parent: Source | None = None
     teacher: Source | None = None
     critic: Source | None = None
-
-    def described(self) -> dict[str, dict[str, str]]:
-        return {role: source.described() for role, source in vars(self).items() if source is not None}
 
 
 def starts_of(recipe: schema.Recipe, stage: str, run_dir: Path) -> Starts:
@@ -67,7 +61,32 @@ def starts_of(recipe: schema.Recipe, stage: str, run_dir: Path) -> Starts:
     return Starts(source(settings.parent), teacher, source(settings.critic) or teacher)
 
 
-def fill(network: nn.Module, source: Source, stage_kind: str, role: str) -> None:
+@dataclass(frozen=True)
+class Started:
+    """What a network started from, as its checkpoints remember it and the console says it."""
+
+    source: Source
+    kind: str
+    digest: str  # of the parent checkpoint's manifest, or of the published weights' values
+    cost: str  # what reading took, in words; empty for a checkpoint
+
+    def described(self) -> dict[str, str]:
+        """For the passports of checkpoints."""
+        source = self.source
+        return {
+            "name": source.name,
+            "path": str(source.path),
+            "which": source.which,
+            "kind": self.kind,
+            "digest": self.digest,
+        }
+
+    def __str__(self) -> str:
+        source = self.source
+        return f"{source.name} ({source.path}, {source.which}, kind {self.kind}, digest {self.digest}){self.cost}"
+
+
+def fill(network: nn.Module, source: Source, stage_kind: str, role: str) -> Started:
     """Load a network's weights from its source, each rank its own shards.
 
     `role` (parent, teacher, critic) says what the source is to a stage of `stage_kind`. Raises FileError or
@@ -75,12 +94,16 @@ def fill(network: nn.Module, source: Source, stage_kind: str, role: str) -> None
     """
     if not source.published:
         load_network(source.path, _role_in(source.path, role), network, source.which)
-        return
+        digest = hashlib.sha256((source.path / MANIFEST).read_bytes()).hexdigest()
+        return Started(source, source.kind, digest[:16], "")
     file = open_weights(source.path, source.which)
-    why = refusal(stage_kind, role, checked_kind(file, source.kind))
+    kind = checked_kind(file, source.kind)
+    why = refusal(stage_kind, role, kind)
     if why:
         raise FileError(source.path, f"{why}; change weights.{source.name}")
-    load_into(network, file)
+    report = load_into(network, file)
+    cost = f": {report.bytes_read / 1e6:,.1f} of {file.bytes / 1e6:,.1f} MB read by this rank, {report.seconds:.1f} s"
+    return Started(source, kind, report.checksum, cost)
 
 
 def _role_in(path: Path, role: str) -> str:

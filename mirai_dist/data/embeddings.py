@@ -201,7 +201,7 @@ def _write_content(file: BinaryIO, identity: Identity, contents: Contents, embed
     file.write(blank)
     file.write(table)
     file.write(bytes(count * _DIGEST_BYTES))
-    digests = b""
+    digests = bytearray()
     for tokens, embedding in zip(contents.tokens, embeddings, strict=True):
         if embedding.shape != (tokens, dim) or embedding.dtype != torch.bfloat16:
             raise ValueError(f"{contents.name}: an embedding is {list(embedding.shape)} {embedding.dtype}, "
@@ -211,7 +211,7 @@ def _write_content(file: BinaryIO, identity: Identity, contents: Contents, embed
         file.write(rows)
     size = file.tell()
     file.seek(0)
-    file.write(_head({**label, "sha256": _label_digest(label, table, digests)}, count, int(offsets[-1]), dim))
+    file.write(_head({**label, "sha256": _label_digest(label, table, bytes(digests))}, count, int(offsets[-1]), dim))
     file.seek(len(blank) + len(table))
     file.write(digests)
     return size

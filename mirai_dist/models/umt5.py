@@ -131,6 +131,15 @@ class Umt5Encoder:
         network = _filled(shape, entries, weights, torch.device(device), dtype)
         return cls(network, _tokenizer(tokenizer, shape.vocab_size), length)
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """transformers' encoder, for whoever shards it. Its blocks are `encoder.block.<i>`, `blocks` of them."""
+        return self._network
+
+    @property
+    def blocks(self) -> int:
+        return len(self._network.get_submodule("encoder.block"))  # type: ignore[arg-type]
+
     def tokens(self, prompt: str) -> Tokens:
         """Token ids of a prompt: cleaned, cut to `length` with the end token as the last."""
         text = clean(prompt, self._fix_text)

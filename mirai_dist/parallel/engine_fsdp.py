@@ -39,6 +39,10 @@ class FsdpEngine:
         fill(network)
         return network
 
+    def shard(self, network: nn.Module, plan: ShardPlan) -> None:
+        """Shard a frozen network that is on the device already, so that each rank keeps its part alone."""
+        apply(network, plan, self.mesh)
+
     def accumulate(self, network: nn.Module, plan: ShardPlan, last: bool) -> None:
         """Announce a micro-batch: gradients are reduced over ranks after the last one only, unless planned."""
         assert isinstance(network, FSDPModule)

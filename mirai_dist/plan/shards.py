@@ -58,6 +58,13 @@ def predictor_plan(parallel: Parallel, bf16_masters: bool) -> ShardPlan:
     )
 
 
+def text_plan(parallel: Parallel, blocks: int) -> ShardPlan:
+    """Plan of a frozen UMT5 encoder in its file's bf16: a unit a block, and the rest with the word table."""
+    paths = (*(f"encoder.block.{i}" for i in range(blocks)), "")
+    units = tuple(Unit(path, parallel.reshard_after_forward) for path in paths)
+    return ShardPlan(units, "bfloat16", "bfloat16", recompute=(), sync_every_micro_batch=False)
+
+
 def ranks_per_shard(recipe: Recipe, ranks: int) -> int:
     """Ranks that share one copy of the parameters. ValueError when the replicas do not divide the ranks."""
     replicas = recipe.parallel.replicas

@@ -14,9 +14,10 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -131,13 +132,15 @@ def _single_process() -> Iterator[None]:
         yield
 
 
-def export(request: ExportRequest) -> ExportReport:
+def export(request: ExportRequest, progress: Callable[[str], None]) -> ExportReport:
     """Write the trained network of a stage (a bidirectional stage's teacher, else the generator) to `request.out`.
 
-    Written beside and renamed. Raises FileError when the place is taken or cannot be written, when the stage keeps
-    no average, and when recipe and checkpoint are not of one run; CheckpointError when the checkpoint is damaged.
+    Written beside and renamed. `progress` hears what is being done, at each tensor. Raises FileError when the place
+    is taken or cannot be written, when the stage keeps no average, and when recipe and checkpoint are not of one run;
+    CheckpointError when the checkpoint is damaged.
     """
     _refuse_place(request)
+    progress(f"verifying checkpoint {request.checkpoint.name}")
     verify(request.checkpoint)
     described = describe(request.checkpoint)
     role = _role(request, described)
@@ -147,7 +150,7 @@ def export(request: ExportRequest) -> ExportReport:
     origin = _origin(request, described, role)
     try:
         request.out.parent.mkdir(parents=True, exist_ok=True)
-        _write(request, stored, sizes, origin)
+        _write(request, _Source(stored, sizes, progress), origin)
     except OSError as error:
         raise FileError(request.out, f"cannot be written: {error}; give it another place or more space") from error
     parameters = sum(math.prod(shape) for shape in stored.shapes.values())
@@ -227,30 +230,47 @@ def _origin(request: ExportRequest, described: Description, role: str) -> dict[s
     }
 
 
-def _write(request: ExportRequest, stored: StoredNetwork, sizes: Sizes, origin: Mapping[str, Any]) -> None:
-    names = list(shapes_of(sizes))
+@dataclass(frozen=True)
+class _Source:
+    """The tensors to write, in the order of the network, and who hears of each one."""
+
+    stored: StoredNetwork
+    sizes: Sizes
+    progress: Callable[[str], None]
+
+    @cached_property
+    def names(self) -> list[str]:
+        return list(shapes_of(self.sizes))
+
+    def tensor(self, name: str) -> Tensor:
+        self.progress(f"tensor {self.names.index(name) + 1} of {len(self.names)}")
+        return self.stored.read(name)
+
+
+def _write(request: ExportRequest, source: _Source, origin: Mapping[str, Any]) -> None:
     if request.layout == "wan":
-        write_folder(request.out, names, stored.read, wan_config(sizes), origin)
+        write_folder(request.out, source.names, source.tensor, wan_config(source.sizes), origin)
     elif request.layout == "diffusers":
-        renamed = [to_diffusers(name) for name in names]
-        write_folder(request.out, renamed, lambda name: stored.read(from_diffusers(name)), diffusers_config(sizes),
-                     origin)
+        names = [to_diffusers(name) for name in source.names]
+        config = diffusers_config(source.sizes)
+        write_folder(request.out, names, lambda name: source.tensor(from_diffusers(name)), config, origin)
     else:
-        _write_pt(request, names, stored, origin)
+        _write_pt(request, source, origin)
 
 
-def _write_pt(request: ExportRequest, names: list[str], stored: StoredNetwork, origin: Mapping[str, Any]) -> None:
+def _write_pt(request: ExportRequest, source: _Source, origin: Mapping[str, Any]) -> None:
     """One .pt, beside and renamed. torch.save wants all tensors at once, so they lie in a file that is mapped."""
     out = Path(os.path.abspath(request.out))
     writer = f"{socket.gethostname()}-{os.getpid()}"
     values, beside = (out.with_name(f"{out.name}.{what}-{writer}") for what in ("values", "tmp"))
     try:
         with open(values, "wb") as file:
-            spans = {name: _append(file, stored.read(name)) for name in names}
+            spans = {name: _append(file, source.tensor(name)) for name in source.names}
         manifest = {**origin, "format": FORMAT, "version": VERSION,
                     "checksums": {_PREFIX + name: span.checksum for name, span in spans.items()}}
         weights = {_PREFIX + name: tensor for name, tensor in _mapped(values, spans).items()}
         content = {_ENTRY[request.which]: weights, "mirai": {**manifest, "sha256": manifest_digest(manifest)}}
+        source.progress(f"writing {out.name}")
         with open(beside, "wb") as file:
             _save(content, file)
             file.flush()

@@ -70,13 +70,16 @@ class WeightFile:
         """A tensor or a slice of it (steps of 1), CPU, in the file's dtype.
 
         Whole rows of the first dimension are read and nothing else; slices of further dimensions are cut out of them.
-        Raises FileError when the file became shorter, KeyError for a name that is not in it.
+        Raises FileError when the disk fails or the file became shorter, KeyError for a name that is not in it.
         """
         stored = self.stored[name]
         start, stop, step = (index[0] if index else slice(None)).indices(stored.shape[0])
         assert step == 1
         row = math.prod(stored.shape[1:])
-        values = stored.elements(start * row, max(start, stop) * row)
+        try:
+            values = stored.elements(start * row, max(start, stop) * row)
+        except OSError as error:
+            raise FileError(stored.file, f"{stored.key} cannot be read: {error.strerror}") from error
         self.bytes_read += values.nbytes
         rows = values.view(-1, *stored.shape[1:])
         return rows if index is None or len(index) == 1 else rows[(slice(None), *index[1:])].contiguous()
@@ -198,6 +201,6 @@ def _from_pt(path: Path, which: Which, whole: bool) -> WeightFile:
 
 
 def _known_kind(path: Path, kind: Any) -> str:
-    if kind not in ("", *MEANING):
+    if not isinstance(kind, str) or (kind and kind not in MEANING):
         raise FileError(path, f"records the unknown kind {kind!r}; known: {', '.join(MEANING)}")
     return kind

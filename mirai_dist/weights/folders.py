@@ -172,14 +172,13 @@ def open_folder(path: Path) -> FolderContents:
             raise FileError(path, f"holds two networks, {_TRANSFORMER} and {_TRANSFORMER}_2; name one of them")
         path = path / _TRANSFORMER
     if not _has_weights(path):
+        if (path / CONFIG).is_file():
+            _layout(path, read_json(path / CONFIG))  # of a text encoder, say: its name tells more than missing files
         raise FileError(path, f"holds no weights ({WHOLE} or {INDEX}){_hint(path)}")
     config = read_json(path / CONFIG)
-    name = config.get("_class_name", config.get("architectures"))
-    if not isinstance(name, str) or name not in _LAYOUTS:
-        what = f"describes {name or 'no network'}; {' or '.join(_LAYOUTS)} (_class_name) is wanted"
-        raise FileError(path / CONFIG, what)
+    layout = _layout(path, config)
     manifest = _manifest(path / MANIFEST) if (path / MANIFEST).exists() else {}
-    return FolderContents(path, _LAYOUTS[name], config, _tensors(path), manifest)
+    return FolderContents(path, layout, config, _tensors(path), manifest)
 
 
 def manifest_checksums(where: Path, manifest: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
@@ -197,6 +196,15 @@ def manifest_checksums(where: Path, manifest: Mapping[str, Any], names: Mapping[
     if len(checksums) != len(names):
         raise FileError(where, f"has {len(checksums)} checksums for {len(names)} tensors; copy it again")
     return checksums
+
+
+def _layout(path: Path, config: Mapping[str, Any]) -> str:
+    """"wan" or "diffusers". FileError when config.json is of another network."""
+    name = config.get("_class_name", config.get("architectures"))
+    if not isinstance(name, str) or name not in _LAYOUTS:
+        what = f"describes {name or 'no network'}; weights of {' or '.join(_LAYOUTS)} (_class_name) are wanted"
+        raise FileError(path / CONFIG, what)
+    return _LAYOUTS[name]
 
 
 def _has_weights(path: Path) -> bool:
@@ -270,7 +278,7 @@ def refuse_occupied(out: Path) -> None:
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """sha256 over all of a manifest but this digest itself, so that an edited one is noticed."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _write_shards(folder: Path, names: Sequence[str], tensor_of: Callable[[str], Tensor]) -> dict[str, str]:

@@ -67,7 +67,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """The one line with which `mirai export` refuses."""
     assert export(*words) == 20
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("mirai export: ")
+    assert captured.err.count("\n") == 1 and captured.err.startswith("mirai export: ")
+    assert all("verifying checkpoint" in line for line in captured.out.splitlines())
     return captured.err
 
 
@@ -183,6 +184,7 @@ def test_the_manifest_says_what_this_is_and_where_it_comes_from(run_dir: Path, t
                                (content["generator"], content["mirai"]["checksums"])):
         assert {name: shown(checksum(value)) for name, value in tensors.items()} == checksums
     assert f"{sum(value.numel() for value in content['generator'].values()):,} parameters" in said
+    assert "verifying checkpoint" in said.splitlines()[0]
     assert "cycle 4" in said and "cycle-000004-position-0" in said and "mirai sample" in said
 
 
@@ -297,9 +299,10 @@ def test_a_wish_that_does_not_fit_the_run(
     assert not list(tmp_path.iterdir())
 
 
-def test_raw_weights_of_a_stage_without_average(run_dir: Path, tmp_path: Path) -> None:
+def test_raw_weights_of_a_stage_without_average(run_dir: Path, tmp_path: Path, capsys) -> None:
     words = ("--to", "wan", "--stage", "few_step", "--which", "raw")
     assert export(run_dir, *words, "--out", tmp_path / "out") == 0
+    assert f"mirai sample {tmp_path / 'out'} --which raw --recipe" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("layout", "name"), [("wan", "out"), ("diffusers", "out"), ("self-forcing", "out.pt")])

@@ -197,7 +197,8 @@ def test_what_counts_into_latency_and_throughput(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_summary_is_the_median_without_the_warm_up() -> None:
-    videos = {name: Timing(1.0, latency, 9.0, 10.0, latency + 2, 20) for name, latency in zip("abcd", (90, 3, 1, 2), strict=True)}
+    latencies = {"a": 90, "b": 3, "c": 1, "d": 2}
+    videos = {name: Timing(1.0, latency, 9.0, 10.0, latency + 2, 20) for name, latency in latencies.items()}
     found = summary(videos, warm_up=["a"])
     assert found == {
         "latency_seconds": 2,

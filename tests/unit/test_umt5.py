@@ -148,6 +148,7 @@ def test_tokens_end_with_the_end_token_and_say_what_was_cut(encoder: Umt5Encoder
         ("caf\u00c3\u00a9", "café"),  # UTF-8 once read as Latin-1
         ("\u201cquoted\u201d", '"quoted"'),
         ("&lt;b&gt;", "<b>"),
+        ("< &amp;amp; >", "< & >"),  # an angle bracket keeps ftfy from resolving escapes itself
     ],
 )
 def test_text_is_cleaned_as_wan_does(encoder: Umt5Encoder, raw: str, expected: str):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mirai_dist.config import FileError
 from mirai_dist.models.wan import WanModel, WanShape
-from mirai_dist.models.wan.keys import Sizes, shapes_of
+from mirai_dist.models.wan.keys import Sizes, shapes_of, to_diffusers
 from mirai_dist.weights import folders
 from mirai_dist.weights.checksums import checksum, total
 from mirai_dist.weights.files import checked_kind, open_weights
@@ -140,6 +140,19 @@ def test_safetensors_are_read_as_their_own_library_reads_them(tmp_path: Path) ->
     assert mine.keys() == theirs.keys()
     for name, stored in mine.items():
         assert torch.equal(stored.elements(0, math.prod(stored.shape)).view(stored.shape), theirs[name])
+
+
+def test_folders_that_diffusers_itself_writes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    other = transformers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=20, in_channels=4, out_channels=4, text_dim=10, freq_dim=16,
+        ffn_dim=48, num_layers=3)
+    other.save_pretrained(tmp_path / "w", max_shard_size="50KB")
+    assert (tmp_path / "w" / INDEX).exists()
+    file = open_weights(tmp_path / "w")
+    assert (file.layout, file.kind, file.shape_of_network()) == ("diffusers", "diffusion", SIZES)
+    state = other.state_dict()
+    assert equal(loaded(tmp_path / "w"), {name: state[to_diffusers(name)] for name in shapes_of(SIZES)})
 
 
 # Full size, on the meta device and in sparse files.
@@ -320,6 +333,10 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "T5": ("x.pt", lambda path: saved({"token_embedding.weight": torch.zeros(3, 2)}, path), r"a text encoder \(T5\)"),
     "T5 safetensors": ("x.safetensors", lambda path: safetensors_of(path, encoder__block__0__layer__0=(2, 2)),
                        r"a text encoder \(T5\)"),
+    "T5 folder": ("x", lambda path: [path.mkdir(), (path / "config.json").write_text(
+        '{"architectures": ["UMT5EncoderModel"]}')], r"describes \['UMT5EncoderModel'\]; weights of WanModel"),
+    "VAE folder": ("x", lambda path: edited(lambda config: config.update(_class_name="AutoencoderKLWan"))(
+        wan_files.diffusers(path, TENSORS, shards=1) / "config.json", random.Random()), "describes AutoencoderKLWan"),
     "VAE": ("x.pth", lambda path: saved({"encoder.conv1.weight": torch.zeros(3, 2)}, path), "a video autoencoder"),
     "LoRA": ("x.safetensors", lambda path: safetensors_of(path, blocks__0__self_attn__q__lora_A__weight=(2, 2)),
              "a LoRA, not whole weights; merge it"),
@@ -404,6 +421,26 @@ def test_changed_tensors_are_named(tmp_path: Path, what: str) -> None:
     with pytest.raises(FileError, match=expected.replace("I32", "int32").replace("F8_E4M3", "float8_e4m3fn")
                        .replace("key blocks.0.norm1", "key generator.model.blocks.0.norm1")):
         loaded(pt)
+
+
+def test_a_header_that_does_not_fit_its_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    def opened(name: str, change: Mutation) -> None:
+        shard = wan_files.official(tmp_path / name, TENSORS) / FIRST
+        change(shard, random.Random(0))
+        open_weights(shard.parent)
+
+    def overlap(header: dict[str, Any], names: list[str]) -> None:
+        same = [name for name in names if header[name]["shape"] == [40]]
+        header[same[0]]["data_offsets"] = header[same[1]]["data_offsets"]
+
+    with pytest.raises(FileError, match=r"is truncated: \d+ bytes, its header says \d+"):
+        opened("a", cut(1, -4))
+    with pytest.raises(FileError, match="is too long"):
+        opened("b", lambda path, draws: path.open("ab").write(b"x"))
+    with pytest.raises(FileError, match="overlap others or leave a gap"):
+        opened("c", header_edited(overlap))
+    with pytest.raises(FileError, match=f"extra key other: {INDEX} does not say that it is in this shard"):
+        opened("d", header_edited(lambda header, names: header.update(other=NOTHING)))
 
 
 def test_values_that_overflow_the_networks_dtype_are_refused(tmp_path: Path) -> None:
@@ -628,7 +665,7 @@ def test_a_damaged_file_is_refused_or_harmless(
         assert re.fullmatch(r"[^\n]{20,600}", str(error)) and str(path) in str(error), error
     else:
         assert equal(dict(model.state_dict()), TENSORS) or base == "old pt", "other weights were loaded in silence"
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 20  # milliseconds, but for a busy machine
 
 
 def test_there_are_many_mutations() -> None:
