@@ -154,7 +154,7 @@ def sampler_of(choice: Chosen, device: torch.device) -> tuple[Sampler, str]:
         rollout_settings(recipe),
         kv_cache(recipe, 1, choice.latent_frames, device, streaming=True),
         vae,
-        lambda seed: Draws(0, device),
+        lambda seed: Draws(seed, device),
         (video.channels, video.latent_height, video.latent_width),
         choice.latent_frames,
         device,

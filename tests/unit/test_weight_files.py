@@ -443,6 +443,28 @@ def test_a_header_that_does_not_fit_its_file_is_refused_before_anything_is_read(
         opened("d", header_edited(lambda header, names: header.update(other=NOTHING)))
 
 
+@pytest.mark.parametrize(("change", "line"), [
+    ({"model_type": "i2v"}, "model_type is 'i2v'; only 't2v' is supported"),
+    ({"eps": 1e-5}, "eps is 1e-05; only 1e-06 is supported"),
+    ({"dim": 1536}, "dim is 1536, but the tensors say 40"),
+    ({"num_heads": 3}, "3 heads do not divide a width of 40"),
+    ({"num_heads": "2"}, "'2' is no number of heads"),
+    ({"_class_name": "WanTransformer3DModel"}, "describes the diffusers layout, but the tensors have names of the wan"),
+])
+def test_a_configuration_of_another_network_is_refused(tmp_path: Path, change: dict[str, Any], line: str) -> None:
+    path = wan_files.official(tmp_path / "w", TENSORS)
+    edited(lambda config: config.update(change))(path / "config.json", random.Random())
+    with pytest.raises(FileError, match=f"w/config.json: {line}"):
+        open_weights(path)
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    path = ours(tmp_path / "w", TENSORS)
+    edited(lambda manifest: manifest.update(kind="cd"))(path / "mirai.json", random.Random())
+    with pytest.raises(FileError, match="mirai.json: its manifest was altered after it was written"):
+        open_weights(path)
+
+
 def test_values_that_overflow_the_networks_dtype_are_refused(tmp_path: Path) -> None:
     tensors = dict(TENSORS) | {"head.head.bias": torch.full((16,), 1e300, dtype=torch.float64)}
     with pytest.raises(FileError, match="head.head.bias holds NaN or infinite"):
