@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mirai_dist.commands import arguments
-from mirai_dist.runtime.guard import FAILED, REQUEUE, exit_code
+from mirai_dist.runtime.guard import FAILED, REQUEUE, environment_rank, exit_code
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -34,7 +34,8 @@ def outcome(verb: str, run: Command, options: argparse.Namespace) -> int:
     except Exception as error:  # noqa: BLE001  whatever it is, the process ends with one line and its code
         if not isinstance(getattr(type(error), "exit_code", None), int):
             traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.write(f"mirai {verb}: {' '.join(str(error).split()) or type(error).__name__}\n")
+        who = f"mirai {verb}" + (f" (rank {environment_rank()})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "")
+        sys.stderr.write(f"{who}: {' '.join(str(error).split()) or type(error).__name__}\n")
         return exit_code(error) or FAILED
 
 
