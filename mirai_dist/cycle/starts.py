@@ -14,8 +14,8 @@ from mirai_dist.config.error import FileError
 from mirai_dist.config.kinds import PRODUCES, refusal
 from mirai_dist.state.checkpoint import describe, load_network, newest
 from mirai_dist.state.commit import MANIFEST, CheckpointError
-from mirai_dist.weights.files import checked_kind, open_weights
-from mirai_dist.weights.load import load_into
+from mirai_dist.weights.files import WeightFile, checked_kind, open_weights
+from mirai_dist.weights.load import agreed, load_into
 
 Which = Literal["raw", "ema"]
 
@@ -96,14 +96,21 @@ def fill(network: nn.Module, source: Source, stage_kind: str, role: str) -> Star
         load_network(source.path, _role_in(source.path, role), network, source.which)
         digest = hashlib.sha256((source.path / MANIFEST).read_bytes()).hexdigest()
         return Started(source, source.kind, digest[:16], "")
+    # agreed: a rank whose copy of the file is broken must not leave the others waiting in the load
+    file, kind = agreed(source.path, lambda: _opened(source, stage_kind, role))
+    report = load_into(network, file)
+    cost = f": {report.bytes_read / 1e6:,.1f} of {file.bytes / 1e6:,.1f} MB read by this rank, {report.seconds:.1f} s"
+    return Started(source, kind, report.checksum, cost)
+
+
+def _opened(source: Source, stage_kind: str, role: str) -> tuple[WeightFile, str]:
+    """The file and its kind. FileError when it is damaged, or of a kind that this role refuses."""
     file = open_weights(source.path, source.which)
     kind = checked_kind(file, source.kind)
     why = refusal(stage_kind, role, kind)
     if why:
         raise FileError(source.path, f"{why}; change weights.{source.name}")
-    report = load_into(network, file)
-    cost = f": {report.bytes_read / 1e6:,.1f} of {file.bytes / 1e6:,.1f} MB read by this rank, {report.seconds:.1f} s"
-    return Started(source, kind, report.checksum, cost)
+    return file, kind
 
 
 def _role_in(path: Path, role: str) -> str:

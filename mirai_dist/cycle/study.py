@@ -123,6 +123,7 @@ def probes(studio: Studio, material: Material, arms: list[str], seeds: list[int]
     """Readout PSNR of every arm and seed at every distance, with the copy and random controls."""
     recipe, video = studio.recipe, studio.recipe.video
     ks = range(min(4, video.latent_frames // video.frames_per_segment))
+    assert studio.run.world is not None
     pixels = studio.run.world.clips(studio.numbers)
 
     def readout(states: Tensor, k: int, seed: int) -> float:
@@ -205,6 +206,7 @@ class Measured:
 def measure_world(resolved: Resolved, place: Place, run: Run) -> Measured:
     """Quality and readout of every arm and seed in the procedural world. Called by all ranks."""
     recipe = resolved.recipe
+    assert run.world is not None
     studio = Studio(run, recipe.evaluate.probe_clips)
     arms, seeds = list(recipe.study.arms), list(recipe.study.seeds)
     material = sample_all(resolved, place, studio)
@@ -213,7 +215,6 @@ def measure_world(resolved: Resolved, place: Place, run: Run) -> Measured:
     readout = probes(studio, material, arms, seeds) if len(arms) > 1 else None
     if place.ranks.rank != 0:
         return Measured(rows, readout, None)
-    assert run.world is not None
     columns = {
         GROUND_TRUTH: run.world.clips(studio.numbers[:SHOWN]),
         TEACHER: material.teacher,

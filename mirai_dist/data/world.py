@@ -116,9 +116,9 @@ class World:
         """Caption of clip `index`, such as 'a red circle moving left'."""
         return self.captions([index])[0]
 
-    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+    def captions(self, numbers: Sequence[int] | Tensor) -> list[str]:
         """One caption an index."""
-        colour, shape, direction = (ids.tolist() for ids in self._words(torch.as_tensor(indices, dtype=torch.int64)))
+        colour, shape, direction = (ids.tolist() for ids in self._words(torch.as_tensor(numbers, dtype=torch.int64)))
         return [
             f"a {COLOURS[c]} {SHAPES[s]} moving {DIRECTIONS[d]}"
             for c, s, d in zip(colour, shape, direction, strict=True)

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,6 +292,7 @@ def _write_shards(folder: Path, names: Sequence[str], tensor_of: Callable[[str],
     def flush() -> None:
         path = folder / f"shard-{len(shards)}"
         save_file(held, path, metadata={"format": "pt"})
+        _as_others(path)
         _flush(path)
         shards.append(list(held))
         held.clear()
@@ -325,6 +327,14 @@ def _name_shards(folder: Path, shards: Sequence[Sequence[str]], total_bytes: int
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     _flush(path)
+
+
+def _as_others(path: Path) -> None:
+    """Give a file the mode that the site's umask gives others: the library makes files for their owner alone."""
+    other = path.with_name(f"{path.name}.mode")
+    other.touch()
+    path.chmod(stat.S_IMODE(other.stat().st_mode))
+    other.unlink()
 
 
 def _flush(path: Path) -> None:

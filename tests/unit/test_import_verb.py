@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,14 @@ def test_big_sources_show_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     imported(wan_files.official(tmp_path / "source", TENSORS), "--out", tmp_path / "out")
     lines = [line for line in capsys.readouterr().out.splitlines() if " of 0.00 GB" in line]
     assert len(lines) == len(TENSORS)
+
+
+def test_written_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """The safetensors library makes files for their owner alone: a colleague could not read the weights."""
+    before = os.umask(0o027)
+    try:
+        imported(wan_files.official(tmp_path / "source", TENSORS), "--out", tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
