@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mirai_dist.models.wan.keys import Sizes, shapes_of, to_diffusers
+from mirai_dist.models.wan.keys import WanShape, shapes_of, to_diffusers
 
-SIZES = Sizes(dim=40, ffn_dim=48, heads=2, blocks=3, text_dim=10, channels=4, freq_dim=16)
+SIZES = WanShape(dim=40, ffn_dim=48, heads=2, blocks=3, text_dim=10, channels=4, freq_dim=16)
 STEM = "diffusion_pytorch_model"
 WRAPPED = "model._fsdp_wrapped_module."
 
@@ -42,13 +42,13 @@ STYLES: dict[str, dict[str, str]] = {
 }
 
 
-def tiny_tensors(seed: int = 0, dtype: torch.dtype = torch.float32, sizes: Sizes = SIZES) -> dict[str, Tensor]:
+def tiny_tensors(seed: int = 0, dtype: torch.dtype = torch.float32, sizes: WanShape = SIZES) -> dict[str, Tensor]:
     """Random weights by official name, nothing at zero or one."""
     draws = torch.Generator().manual_seed(seed)
     return {name: (0.3 * torch.randn(shape, generator=draws)).to(dtype) for name, shape in shapes_of(sizes).items()}
 
 
-def official_config(sizes: Sizes = SIZES) -> dict[str, Any]:
+def official_config(sizes: WanShape = SIZES) -> dict[str, Any]:
     """config.json as Wan2.1-T2V-1.3B has it, with other numbers."""
     return {
         "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": sizes.dim, "eps": 1e-06,
@@ -57,7 +57,7 @@ def official_config(sizes: Sizes = SIZES) -> dict[str, Any]:
     }
 
 
-def diffusers_config(sizes: Sizes = SIZES) -> dict[str, Any]:
+def diffusers_config(sizes: WanShape = SIZES) -> dict[str, Any]:
     """config.json as Wan-AI/Wan2.1-T2V-1.3B-Diffusers has it, with other numbers."""
     return {
         "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0.dev0", "added_kv_proj_dim": None,
@@ -69,7 +69,7 @@ def diffusers_config(sizes: Sizes = SIZES) -> dict[str, Any]:
     }
 
 
-def official(folder: Path, tensors: Mapping[str, Tensor], shards: int = 3, sizes: Sizes = SIZES) -> Path:
+def official(folder: Path, tensors: Mapping[str, Tensor], shards: int = 3, sizes: WanShape = SIZES) -> Path:
     """An official folder; one shard is a single file without an index, as the 1.3B is published."""
     _safetensors(folder, tensors, shards)
     _json(folder / "config.json", official_config(sizes))
@@ -77,7 +77,7 @@ def official(folder: Path, tensors: Mapping[str, Tensor], shards: int = 3, sizes
 
 
 def diffusers(
-    folder: Path, tensors: Mapping[str, Tensor], shards: int = 2, sizes: Sizes = SIZES, pipeline: bool = False
+    folder: Path, tensors: Mapping[str, Tensor], shards: int = 2, sizes: WanShape = SIZES, pipeline: bool = False
 ) -> Path:
     """A diffusers folder: the transformer itself, or a pipeline's with `transformer/` below."""
     inside = folder / "transformer" if pipeline else folder

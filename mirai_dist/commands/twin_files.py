@@ -18,7 +18,7 @@ from mirai_dist.config.schema import Network, Recipe
 from mirai_dist.data import embeddings
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.models.wan import model as wan_model
-from mirai_dist.models.wan.keys import Sizes, shapes_of
+from mirai_dist.models.wan.keys import WanShape, shapes_of
 from mirai_dist.state.draws import Draws
 from mirai_dist.weights.folders import CONFIG, INDEX, STEM, WHOLE, wan_config, write_folder
 
@@ -50,11 +50,11 @@ def write_weights(entry: str, published: Recipe, twin: Recipe) -> None:
     torch.save(states, path)
 
 
-def sizes_of(entry: str, recipe: Recipe) -> Sizes:
+def sizes_of(entry: str, recipe: Recipe) -> WanShape:
     """Shape of the network that starts from an entry of `weights`."""
     network = next(_starting(entry, recipe))
     dim, ffn_dim, heads, blocks, freq_dim = astuple(network)
-    return Sizes(dim, ffn_dim, heads, blocks, recipe.text.dim, recipe.video.channels, freq_dim)
+    return WanShape(dim, ffn_dim, heads, blocks, recipe.text.dim, recipe.video.channels, freq_dim)
 
 
 def _starting(entry: str, recipe: Recipe) -> Iterator[Network]:
@@ -67,7 +67,7 @@ def _starting(entry: str, recipe: Recipe) -> Iterator[Network]:
             yield recipe.critic
 
 
-def drawn(entry: str, sizes: Sizes, seed: int) -> Iterator[tuple[str, Tensor]]:
+def drawn(entry: str, sizes: WanShape, seed: int) -> Iterator[tuple[str, Tensor]]:
     """(official name, float32 tensor) of every parameter, keyed by seed, entry and name; nothing at zero."""
     draws = Draws(seed, torch.device("cpu"))
     for name, shape in shapes_of(sizes).items():
@@ -78,7 +78,7 @@ def drawn(entry: str, sizes: Sizes, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def write_official(folder: Path, tensors: dict[str, Tensor], sizes: Sizes, shards: int) -> None:
+def write_official(folder: Path, tensors: dict[str, Tensor], sizes: WanShape, shards: int) -> None:
     """A folder as Wan2.1 publishes it: config.json and safetensors, with an index where they are several."""
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(wan_config(sizes), indent=2) + "\n")

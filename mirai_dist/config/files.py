@@ -22,9 +22,12 @@ def named(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def check(recipe: Recipe, origins: Mapping[str, str]) -> None:
-    """RecipeError, at the line of its key, for the first file that is not there. Nothing is opened."""
-    for key, path in named(recipe):
-        if not Path(path).exists():
-            place = Path(path) if Path(path).is_absolute() else Path.cwd() / path
-            what = f"{key}: {path} does not exist (looked for {place}); relative paths start where the command runs"
-            raise RecipeError(origins.get(key, "recipe"), f"{what}; set it with {key}=PATH")
+    """RecipeError, at the line of its key, when a file is not there; the others that are missing are named too."""
+    missing = [(key, path) for key, path in named(recipe) if not Path(path).exists()]
+    if not missing:
+        return
+    (key, path), *others = missing
+    place = Path(path) if Path(path).is_absolute() else Path.cwd() / path
+    what = f"{key}: {path} does not exist (looked for {place}); relative paths start where the command runs"
+    also = f"; missing too: {', '.join(f'{each} ({name})' for each, name in others)}" if others else ""
+    raise RecipeError(origins.get(key, "recipe"), f"{what}; set it with {key}=PATH{also}")

@@ -404,6 +404,16 @@ def _ema_off(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((key,), f"{key} has no effect: decay 0 turns the average off; remove it")
 
 
+@rule("ema-too-late")
+def _ema_too_late(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        start = stage.ema.start_update
+        if stage.ema.decay > 0 and start >= stage.cycles:
+            key = f"stages.{name}.ema.start_update"
+            what = f"{key} {start} is never reached in {stage.cycles} cycles, so there would be no average"
+            yield Problem((key, f"stages.{name}.cycles"), f"{what}; use an earlier one, or ema.decay 0")
+
+
 @rule("consistency-average")
 def _consistency_average(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in _of_kind(recipe, "consistency"):

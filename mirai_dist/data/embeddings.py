@@ -39,6 +39,7 @@ from torch import Tensor
 
 from mirai_dist.config.error import FileError
 from mirai_dist.data.prompts import PromptFile
+from mirai_dist.state.commit import flush
 
 STORE = "store.json"
 NEGATIVE = "negative"
@@ -179,7 +180,7 @@ def write_shard(store: Path, identity: Identity, contents: Contents, embeddings:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        _flush_folder(store)
+        flush(store)
     except OSError as error:
         raise FileError(path, f"cannot be written: {error.strerror}; the same command goes on from here") from error
     finally:
@@ -404,10 +405,3 @@ def _write_flushed(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

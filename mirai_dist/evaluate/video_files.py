@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mirai_dist.config.error import FileError
+from mirai_dist.state.commit import flush
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
@@ -139,7 +140,7 @@ class Mp4Writer:
         with self._writing():
             container.mux(self._stream.encode(None))
             container.close()
-            _flush(self._beside)
+            flush(self._beside)
             os.replace(self._beside, self._path)
 
     @contextmanager
@@ -274,11 +275,3 @@ def _storable(text: str) -> str:
     """The text without what UTF-8 or a C string cannot hold."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
-
-def _flush(path: Path) -> None:
-    """To the disk, before the rename: after a power cut a renamed file must not be an empty one."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -88,9 +88,9 @@ class Commit:
         manifest = {"passport": json.loads(json.dumps(passport)), "files": files}
         manifest["sha256"] = _digest_of(manifest)
         for directory in {(self.directory / name).parent for name in records} - {self.directory}:
-            _flush(directory)
+            flush(directory)
         self.write(MANIFEST, json.dumps(manifest, indent=1).encode())
-        _flush(self.directory)
+        flush(self.directory)
         self._rename()
         return sum(record.size for record in records.values())
 
@@ -100,8 +100,8 @@ class Commit:
         if self.final.exists():
             os.rename(self.final, aside)  # still found by `complete` if we die before the next line
         os.rename(self.directory, self.final)
-        _flush(self.final.parent)
-        _flush(self.final.parent.parent)  # the very first checkpoint: its root is new as well
+        flush(self.final.parent)
+        flush(self.final.parent.parent)  # the very first checkpoint: its root is new as well
         if aside.exists():
             shutil.rmtree(aside)
 
@@ -114,7 +114,7 @@ def flushed(directory: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     """Flush these files to disk and read them back for their records."""
     names = list(names)
     for name in names:
-        _flush(directory / name)
+        flush(directory / name)
     return _records(directory, names)
 
 
@@ -260,7 +260,7 @@ def _write_flushed(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file's content, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mirai_dist.config import FileError
-from mirai_dist.models.wan.keys import PUBLISHED_HEADS, Sizes, from_diffusers, shapes_of
+from mirai_dist.models.wan.keys import PUBLISHED_HEADS, WanShape, from_diffusers, shapes_of
 from mirai_dist.weights.stored import Stored
 
 # parts of a name that only another kind of weights has, most telling first
@@ -55,8 +55,8 @@ def official_names(where: Path, tensors: Mapping[str, Stored]) -> tuple[dict[str
     return renamed, "diffusers"
 
 
-def strict_sizes(where: Path, tensors: Mapping[str, Stored], heads: int = 0) -> Sizes:
-    """Sizes of the network that exactly these tensors (by official name) are.
+def strict_sizes(where: Path, tensors: Mapping[str, Stored], heads: int = 0) -> WanShape:
+    """WanShape of the network that exactly these tensors (by official name) are.
 
     Raises FileError naming the first missing or extra key, wrong shape or dtype.
     """
@@ -77,7 +77,7 @@ def strict_sizes(where: Path, tensors: Mapping[str, Stored], heads: int = 0) -> 
     return sizes
 
 
-def _sizes(where: Path, tensors: Mapping[str, Stored], heads: int) -> Sizes:
+def _sizes(where: Path, tensors: Mapping[str, Stored], heads: int) -> WanShape:
     def dimensions(name: str, count: int) -> tuple[int, ...]:
         if name not in tensors:
             first = next(iter(tensors), "nothing")
@@ -99,4 +99,4 @@ def _sizes(where: Path, tensors: Mapping[str, Stored], heads: int) -> Sizes:
     freq_dim = dimensions("time_embedding.0.weight", 2)[1]
     blocks = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = heads or PUBLISHED_HEADS.get((dim, ffn_dim, blocks), 0)
-    return Sizes(dim, ffn_dim, heads, blocks, text_dim, channels, freq_dim)
+    return WanShape(dim, ffn_dim, heads, blocks, text_dim, channels, freq_dim)

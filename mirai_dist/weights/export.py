@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from mirai_dist.config import schema
 from mirai_dist.config.error import FileError
 from mirai_dist.config.kinds import PRODUCES
-from mirai_dist.models.wan.keys import Sizes, from_diffusers, shapes_of, to_diffusers
+from mirai_dist.models.wan.keys import WanShape, from_diffusers, shapes_of, to_diffusers
 from mirai_dist.state.checkpoint import Description, describe
 from mirai_dist.state.commit import CheckpointError, verify
 from mirai_dist.weights.checksums import checksum, shown
@@ -185,13 +185,13 @@ def _role(request: ExportRequest, described: Description) -> str:
     return role
 
 
-def _sizes(recipe: schema.Recipe, role: str) -> Sizes:
+def _sizes(recipe: schema.Recipe, role: str) -> WanShape:
     network = recipe.teacher if role == "teacher" else recipe.generator
-    return Sizes(network.dim, network.ffn_dim, network.heads, network.blocks, recipe.text.dim, recipe.video.channels,
+    return WanShape(network.dim, network.ffn_dim, network.heads, network.blocks, recipe.text.dim, recipe.video.channels,
                  network.freq_dim)
 
 
-def _refuse_other_network(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> None:
+def _refuse_other_network(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]], sizes: WanShape) -> None:
     """FileError when the stored parameters are not those of the recipe's network: its config.json would not fit."""
     expected = shapes_of(sizes)
     for name in sorted(expected.keys() | shapes.keys()):
@@ -235,7 +235,7 @@ class _Source:
     """The tensors to write, in the order of the network, and who hears of each one."""
 
     stored: StoredNetwork
-    sizes: Sizes
+    sizes: WanShape
     progress: Callable[[str], None]
 
     @cached_property

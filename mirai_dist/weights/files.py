@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirai_dist.config import FileError
 from mirai_dist.config.kinds import MEANING
-from mirai_dist.models.wan.keys import Sizes
+from mirai_dist.models.wan.keys import WanShape
 from mirai_dist.weights.contents import official_names, strict_sizes
 from mirai_dist.weights.folders import check_manifest, manifest_checksums, open_folder
 from mirai_dist.weights.pt import open_pt
@@ -44,7 +44,7 @@ class WeightFile:
     layout: str
     kind: str
     which: str
-    sizes: Sizes
+    sizes: WanShape
     stored: Mapping[str, Stored]
     assumed: bool = False
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class WeightFile:
         """Bytes of all tensors' data."""
         return total_bytes(self.stored)
 
-    def shape_of_network(self) -> Sizes:
+    def shape_of_network(self) -> WanShape:
         """(dim, ffn_dim, heads or 0 where the file does not tell, blocks, text_dim, channels, freq_dim)."""
         return self.sizes
 

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mirai_dist.config import FileError
-from mirai_dist.models.wan.keys import PATCH, Sizes
+from mirai_dist.models.wan.keys import PATCH, WanShape
+from mirai_dist.state.commit import flush
 from mirai_dist.weights.checksums import checksum, shown
 from mirai_dist.weights.pt import plain_name
 from mirai_dist.weights.stored import SafetensorsFile, Stored, read_json
@@ -42,7 +43,7 @@ SHARD_BYTES = 1_000_000_000
 _TEXT_DIM = 4096  # the official config.json does not mention it
 
 
-def wan_config(sizes: Sizes) -> dict[str, Any]:
+def wan_config(sizes: WanShape) -> dict[str, Any]:
     """config.json of the official release. The number of heads is left out when it is not known (0)."""
     config = {
         "_class_name": "WanModel",
@@ -63,7 +64,7 @@ def wan_config(sizes: Sizes) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in unsaid or value != unsaid[key]}
 
 
-def diffusers_config(sizes: Sizes) -> dict[str, Any]:
+def diffusers_config(sizes: WanShape) -> dict[str, Any]:
     """config.json of diffusers' WanTransformer3DModel. ValueError when the number of heads is not known."""
     if not sizes.heads:
         raise ValueError("the diffusers layout needs the number of heads")
@@ -109,9 +110,9 @@ def write_folder(
         sealed = {**manifest, "format": FORMAT, "version": VERSION, "checksums": checksums}
         _write_json(beside / CONFIG, config)
         _write_json(beside / MANIFEST, {**sealed, "sha256": manifest_digest(sealed)})
-        _flush(beside)
+        flush(beside)
         os.rename(beside, out)
-        _flush(out.parent)
+        flush(out.parent)
     except (OSError, SafetensorError) as error:
         raise FileError(out, f"cannot be written: {error}; give it another place or more space") from error
     finally:
@@ -144,7 +145,7 @@ class FolderContents:
         causal = self.config["_class_name"] == "CausalWanModel"
         return self.manifest.get("kind", "" if causal else "diffusion")
 
-    def check_config(self, sizes: Sizes) -> None:
+    def check_config(self, sizes: WanShape) -> None:
         """FileError when config.json contradicts the tensors, or describes a variant that is not supported."""
         if sizes.heads == 0 and self.layout == "diffusers":
             raise FileError(self.path / CONFIG, "num_attention_heads is missing")
@@ -289,11 +290,11 @@ def _write_shards(folder: Path, names: Sequence[str], tensor_of: Callable[[str],
     held: dict[str, Tensor] = {}
     held_bytes = total_bytes = 0
 
-    def flush() -> None:
+    def write() -> None:
         path = folder / f"shard-{len(shards)}"
         save_file(held, path, metadata={"format": "pt"})
         _as_others(path)
-        _flush(path)
+        flush(path)
         shards.append(list(held))
         held.clear()
 
@@ -301,13 +302,13 @@ def _write_shards(folder: Path, names: Sequence[str], tensor_of: Callable[[str],
         tensor = tensor_of(name).detach().contiguous()
         checksums[name] = shown(checksum(tensor))
         if held and held_bytes + tensor.nbytes > SHARD_BYTES:
-            flush()
+            write()
             held_bytes = 0
         # Tensors that share memory cannot be in one file, and a slice would keep the whole alive.
         held[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
         held_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
-    flush()
+    write()
     _name_shards(folder, shards, total_bytes)
     return checksums
 
@@ -326,7 +327,7 @@ def _name_shards(folder: Path, shards: Sequence[Sequence[str]], total_bytes: int
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    _flush(path)
+    flush(path)
 
 
 def _as_others(path: Path) -> None:
@@ -336,11 +337,3 @@ def _as_others(path: Path) -> None:
     path.chmod(stat.S_IMODE(other.stat().st_mode))
     other.unlink()
 
-
-def _flush(path: Path) -> None:
-    """Force a file's content, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

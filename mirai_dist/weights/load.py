@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mirai_dist.config import FileError
-from mirai_dist.models.wan.keys import Sizes
+from mirai_dist.models.wan.keys import WanShape
 from mirai_dist.parallel.materialize import own_part
 from mirai_dist.state.ema import local, named_tensors
 from mirai_dist.weights.checksums import checksum, shown, total
@@ -113,12 +113,12 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def _size_lines(network: nn.Module, theirs: Sizes) -> list[str]:
+def _size_lines(network: nn.Module, theirs: WanShape) -> list[str]:
     """`dim is 1536 in the file, 5120 in the recipe`, for each number that differs, the number of heads first."""
     shape = getattr(network, "shape", None)
     keys = {"text_dim": "text.dim", "channels": "video.channels"}
     lines = []
-    for name in sorted(Sizes._fields, key=lambda name: name != "heads"):
+    for name in sorted(WanShape._fields, key=lambda name: name != "heads"):
         ours, given = getattr(shape, name, None), getattr(theirs, name)
         if ours is not None and given != ours and not (name == "heads" and given == 0):
             lines.append(f"{keys.get(name, name)} is {given} in the file, {ours} in the recipe")

@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 
 from mirai_dist.config import load
 from mirai_dist.models.umt5 import Umt5Encoder
-from mirai_dist.models.wan.keys import Sizes, shapes_of
+from mirai_dist.models.wan.keys import WanShape, shapes_of
 from mirai_dist.weights.files import open_weights
 from tests import text_files, vae_files, wan_files
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
 
 REPOSITORY = Path(__file__).parents[2]
-SIZES = Sizes(dim=40, ffn_dim=48, heads=2, blocks=2, text_dim=text_files.SIZES.dim, channels=16, freq_dim=16)
+SIZES = WanShape(dim=40, ffn_dim=48, heads=2, blocks=2, text_dim=text_files.SIZES.dim, channels=16, freq_dim=16)
 SEGMENT, FRAMES = 3, 9
 PROMPTS = ("Two cats and three dogs run along the beach", "a red circle moving left", "the ocean; a lighthouse!")
 RECIPE = """

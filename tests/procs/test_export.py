@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from mirai_dist.commands import arguments
 from mirai_dist.commands import export as command
-from mirai_dist.models.wan import WanModel, WanShape
+from mirai_dist.models.wan import WanModel
 from mirai_dist.weights.files import open_weights
 from mirai_dist.weights.load import load_into
 from tests.run_files import Training, new_run, train
@@ -76,7 +76,7 @@ def test_two_ranks_load_what_two_ranks_trained(threads, tmp_path: Path, layout: 
     def load(rank: int) -> None:
         file = open_weights(out, "ema")
         with torch.device("meta"):
-            network = WanModel(WanShape(*file.shape_of_network()))
+            network = WanModel(file.shape_of_network())
         mesh = init_device_mesh("cpu", (2,))
         for block in network.blocks:
             fully_shard(block, mesh=mesh)

@@ -25,7 +25,7 @@ from mirai_dist.commands.twin import RANKS, ranks_of
 from mirai_dist.config import Resolved, load
 from mirai_dist.config.rules import check_layout
 from mirai_dist.config.schema import Recipe
-from mirai_dist.models.wan.keys import Sizes, shapes_of
+from mirai_dist.models.wan.keys import WanShape, shapes_of
 from mirai_dist.state import commit
 from mirai_dist.weights.files import open_weights
 
@@ -126,7 +126,7 @@ def check_job(recipe: Recipe, name: str, job: Path) -> None:
     final = newest(job)
     role = "teacher" if stage.kind == "bidirectional" else "generator"
     network = getattr(recipe, role)
-    sizes = Sizes(network.dim, network.ffn_dim, network.heads, network.blocks,
+    sizes = WanShape(network.dim, network.ffn_dim, network.heads, network.blocks,
                   recipe.text.dim, recipe.video.channels, network.freq_dim)
     for which, present in (("networks", True), ("averages", stage.ema.decay > 0)):
         weights = stored(final, f"{which}/{role}/")

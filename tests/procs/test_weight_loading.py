@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from mirai_dist.config import FileError
 from mirai_dist.config.schema import Parallel
-from mirai_dist.models.wan import WanModel, WanShape
-from mirai_dist.models.wan.keys import Sizes, shapes_of
+from mirai_dist.models.wan import WanModel
+from mirai_dist.models.wan.keys import WanShape, shapes_of
 from mirai_dist.parallel.apply import apply
 from mirai_dist.parallel.mesh import build_mesh
 from mirai_dist.plan.shards import wan_plan
@@ -34,7 +34,7 @@ from tests import wan_files
 from tests.wan_files import SIZES, STEM
 
 TENSORS = wan_files.tiny_tensors(6)
-SMALL = Sizes(1536, 8960, 12, 30)  # Wan2.1-T2V-1.3B
+SMALL = WanShape(1536, 8960, 12, 30)  # Wan2.1-T2V-1.3B
 BYTES = sum(tensor.nbytes for tensor in TENSORS.values())
 FORMS = {
     "official": wan_files.official,
@@ -43,10 +43,10 @@ FORMS = {
 }
 
 
-def sharded(sizes: Sizes, trained: bool, replicas: int = 1) -> nn.Module:
+def sharded(sizes: WanShape, trained: bool, replicas: int = 1) -> nn.Module:
     """A Wan network, meta-built, sharded by its plan and allocated: fp32 masters if trained, frozen bf16 if not."""
     with torch.device("meta"):
-        network = WanModel(WanShape(*sizes))
+        network = WanModel(sizes)
     plan = wan_plan(Parallel(replicas=replicas), sizes.blocks, trained=trained)
     network.to(getattr(torch, plan.storage_dtype))
     apply(network, plan, build_mesh(dist.get_world_size(), replicas, "cpu"))
@@ -96,7 +96,7 @@ def test_uneven_rows_and_frozen_bf16(tmp_path: Path, threads: Any) -> None:
 
     reports = threads(3)(body)
     assert sum(report.bytes_read for report in reports) == BYTES
-    one = WanModel(WanShape(*SIZES))
+    one = WanModel(SIZES)
     assert load_into(one, open_weights(path)).checksum == reports[0].checksum  # of the file: no dtype, no world size
 
 
@@ -216,7 +216,7 @@ def test_memory_that_does_not_keep_what_is_written_is_noticed(tmp_path: Path) ->
         return real(values, start) + (values.dtype == torch.bfloat16 and values._base is not None)
 
     with mock.patch.object(load, "checksum", forgetful), pytest.raises(FileError, match="do not use this machine"):
-        load_into(WanModel(WanShape(*SIZES)).bfloat16(), file)
+        load_into(WanModel(SIZES).bfloat16(), file)
 
 
 # Real processes, full size.

@@ -18,14 +18,14 @@ from torch.nn import functional
 
 from mirai_dist.cycle.roles import causal
 from mirai_dist.method.rollout import RolloutInputs, RolloutSettings, rollout
-from mirai_dist.models.wan import KVCache, WanModel, WanShape
-from mirai_dist.models.wan.keys import Sizes
+from mirai_dist.models.wan import KVCache, WanModel
+from mirai_dist.models.wan.keys import WanShape
 from mirai_dist.models.wan.kv_cache import CacheShape
 from mirai_dist.weights.files import open_weights
 from mirai_dist.weights.load import load_into
 from tests import wan_files
 
-SIZES = Sizes(dim=40, ffn_dim=48, heads=2, blocks=3, text_dim=10, channels=4, freq_dim=16)
+SIZES = WanShape(dim=40, ffn_dim=48, heads=2, blocks=3, text_dim=10, channels=4, freq_dim=16)
 ROWS, COLUMNS, FRAMES = 2, 3, 6
 STEPS = (1000.0, 937.5, 625.0)
 Weights = dict[str, Tensor]
@@ -129,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("segment", [1, 3])
 def test_sampling_is_the_plain_loop(folder: Path, segment: int) -> None:
-    network = WanModel(WanShape(**SIZES._asdict())).double()
+    network = WanModel(SIZES).double()
     load_into(network, open_weights(folder))
     draws = torch.Generator().manual_seed(segment)
     shape = (len(STEPS) + 1, 1, FRAMES, SIZES.channels, 2 * ROWS, 2 * COLUMNS)

@@ -78,6 +78,7 @@ BROKEN = [
     ("warmup", ["stages.few_step.optimizer.warmup=11"], "longer than the 10 updates"),
     ("warmup", ["dmd.critic_optimizer.warmup=31"], "longer than the 30 updates"),
     ("ema-off", ["stages.distil.ema={decay: 0, start_update: 3}"], "decay 0 turns the average off"),
+    ("ema-too-late", ["stages.distil.ema={decay: 0.9, start_update: 6}"], "never reached in 6 cycles"),
     ("consistency-average", ["stages.few_step.ema.decay=0"], "stages.few_step.ema.decay is 0, and the target"),
     ("consistency-average", ["stages.few_step.ema.start_update=2"], "stages.few_step.ema.start_update is 2"),
     ("rollout-steps", ["rollout.steps=[500, 500]"], "must fall strictly"),

@@ -26,8 +26,8 @@ from mirai_dist.commands import export as command
 from mirai_dist.commands.entry import outcome
 from mirai_dist.commands.source import find_checkpoint
 from mirai_dist.config import FileError
-from mirai_dist.models.wan import History, WanModel, WanShape
-from mirai_dist.models.wan.keys import Sizes, shapes_of
+from mirai_dist.models.wan import History, WanModel
+from mirai_dist.models.wan.keys import WanShape, shapes_of
 from mirai_dist.state.commit import CheckpointError
 from mirai_dist.weights import folders
 from mirai_dist.weights.checksums import checksum, shown
@@ -100,7 +100,7 @@ def test_the_official_folder_is_as_wan_publishes_it(run_dir: Path, tmp_path: Pat
     }
     assert expected.items() <= config.items()
     shapes = {name: tuple(value.shape) for name, value in folder_tensors(tmp_path / "wan").items()}
-    assert shapes == shapes_of(Sizes(*vars(TEACHER).values()))
+    assert shapes == shapes_of(TEACHER)
 
 
 def test_the_index_names_the_shard_of_every_tensor(run_dir: Path, tmp_path: Path, monkeypatch) -> None:

@@ -21,7 +21,7 @@ from mirai_dist.method.foresight import (
 )
 from mirai_dist.method.rollout import RolloutInputs, RolloutSettings, rollout
 from mirai_dist.models.predictor import Predictor
-from mirai_dist.models.wan import KVCache, WanModel, WanShape
+from mirai_dist.models.wan import KVCache, WanModel
 from mirai_dist.models.wan.kv_cache import CacheShape
 from tests.tiny_wan import SHAPE, TOKENS, fill, generator, gradients, latents, prompts, wan
 
@@ -161,7 +161,7 @@ class Step(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator, self.encoder = wan(1), wan(2, shape=WanShape(**{**vars(SHAPE), "dim": 80}))
+        self.generator, self.encoder = wan(1), wan(2, shape=SHAPE._replace(dim=80))
         self.predictor = Predictor(SHAPE.dim, 80, SHAPE.heads, 2, gated=False).double()
         fill(self.predictor, 3)
 

@@ -46,12 +46,12 @@ RULES = {
     "mirai_dist.state": Rule(("mirai_dist.config",)),
     "mirai_dist.observe": Rule(("mirai_dist.config",)),
     "mirai_dist.runtime": Rule(("mirai_dist.config", "mirai_dist.observe")),
-    "mirai_dist.data": Rule(("mirai_dist.config",)),
+    "mirai_dist.data": Rule(("mirai_dist.config", "mirai_dist.state.commit")),
     "mirai_dist.weights": Rule(
         ("mirai_dist.config", "mirai_dist.models.wan.keys", "mirai_dist.parallel.materialize", "mirai_dist.state")
     ),
     "mirai_dist.evaluate": Rule(
-        ("mirai_dist.config", "mirai_dist.data", "mirai_dist.models", "mirai_dist.method"),
+        ("mirai_dist.config", "mirai_dist.data", "mirai_dist.models", "mirai_dist.method", "mirai_dist.state.commit"),
         never=("torch.distributed",),
     ),
     "mirai_dist.sample": Rule(

@@ -31,7 +31,7 @@ SHIPPED = sorted(ROOT.glob("recipes/[!b]*/*.yaml"))
 CHUNKWISE = ROOT / "recipes/wan/causal-forcing-chunkwise-mirai-1x8.yaml"
 FRAMEWISE = ROOT / "recipes/wan/causal-forcing-framewise-mirai-8x8.yaml"
 TINY = ROOT / "recipes/tiny/video_mirai.yaml"
-# Sizes and places. Everything else must stay.
+# WanShape and places. Everything else must stay.
 MAY_DIFFER = (
     "name", "video.latent_frames", "video.latent_height", "video.latent_width", "world.speed", "world.radius",
     "world.radius_jitter", "text.dim", "text.length", "teacher.", "generator.", "critic.", "evaluate.",

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mirai_dist.config import FileError
-from mirai_dist.models.wan import WanModel, WanShape
-from mirai_dist.models.wan.keys import Sizes, shapes_of, to_diffusers
+from mirai_dist.models.wan import WanModel
+from mirai_dist.models.wan.keys import WanShape, shapes_of, to_diffusers
 from mirai_dist.weights import folders
 from mirai_dist.weights.checksums import checksum, total
 from mirai_dist.weights.files import checked_kind, open_weights
@@ -34,14 +34,14 @@ from mirai_dist.weights.stored import SafetensorsFile
 from tests import wan_files
 from tests.wan_files import SIZES, STEM, STYLES
 
-SMALL, LARGE = Sizes(1536, 8960, 12, 30), Sizes(5120, 13824, 40, 40)
+SMALL, LARGE = WanShape(1536, 8960, 12, 30), WanShape(5120, 13824, 40, 40)
 INDEX, WHOLE = f"{STEM}.safetensors.index.json", f"{STEM}.safetensors"
 FIRST = f"{STEM}-00001-of-00003.safetensors"
 TENSORS = wan_files.tiny_tensors()
 
 
 def network() -> WanModel:
-    return WanModel(WanShape(*SIZES))
+    return WanModel(SIZES)
 
 
 def loaded(path: Path, which: Any = "raw") -> dict[str, Tensor]:
@@ -159,22 +159,22 @@ def test_folders_that_diffusers_itself_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sizes", "parameters"), [(SMALL, 1_418_996_800), (LARGE, 14_288_491_584)])
-def test_full_size_files_fit_the_network_strictly(tmp_path: Path, sizes: Sizes, parameters: int) -> None:
+def test_full_size_files_fit_the_network_strictly(tmp_path: Path, sizes: WanShape, parameters: int) -> None:
     with torch.device("meta"):
-        model = WanModel(WanShape(*sizes))
+        model = WanModel(sizes)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     file = open_weights(sparse_official(tmp_path / "w", sizes, shards=6))
     assert file.shape_of_network() == sizes and file.bytes == 4 * parameters
     check_fit(model, file)
     other = LARGE if sizes == SMALL else SMALL
     with torch.device("meta"):
-        wrong = WanModel(WanShape(*other))
+        wrong = WanModel(other)
     line = f"dim is {sizes.dim} in the file, {other.dim} in the recipe"
     with pytest.raises(FileError, match=f"heads is {sizes.heads} in the file, {other.heads} in the recipe, {line}"):
         check_fit(wrong, file)
 
 
-def sparse_official(folder: Path, sizes: Sizes, shards: int) -> Path:
+def sparse_official(folder: Path, sizes: WanShape, shards: int) -> Path:
     """An official folder whose data are holes: real headers and sizes, no disk space."""
     folder.mkdir()
     names, weight_map = sorted(shapes_of(sizes)), {}
@@ -481,13 +481,13 @@ def test_values_that_overflow_the_networks_dtype_are_refused(tmp_path: Path) -> 
 def test_another_shape_names_the_recipes_key(tmp_path: Path, change: dict[str, int], line: str) -> None:
     file = open_weights(wan_files.official(tmp_path / "w", TENSORS))
     with pytest.raises(FileError, match=f"does not fit the recipe: {line}.*; change the recipe or the weights"):
-        load_into(WanModel(WanShape(*SIZES._replace(**change))), file)
+        load_into(WanModel(SIZES._replace(**change)), file)
 
 
 def test_heads_that_a_file_does_not_tell_are_the_recipes(tmp_path: Path) -> None:
     file = open_weights(wan_files.pt(tmp_path / "w.pt", TENSORS, "bare"))
     assert file.shape_of_network().heads == 0
-    load_into(WanModel(WanShape(*SIZES._replace(heads=4))), file)
+    load_into(WanModel(SIZES._replace(heads=4)), file)
 
 
 # Mutations: a FileError in one line, or exactly the weights that were written. Never another exception.

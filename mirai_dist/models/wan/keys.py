@@ -69,8 +69,8 @@ def _translate(name: str, outer: dict[str, str], inner: dict[str, str]) -> str:
     raise KeyError(f"{name} is no parameter of Wan2.1's text-to-video transformer")
 
 
-class Sizes(NamedTuple):
-    """Numbers that fix every name and shape; in the order of `WanShape`. heads is 0 where a file does not tell."""
+class WanShape(NamedTuple):
+    """Sizes that fix every parameter of the network, name and shape. heads is 0 where a file does not tell."""
 
     dim: int
     ffn_dim: int
@@ -85,7 +85,7 @@ class Sizes(NamedTuple):
 PUBLISHED_HEADS = {(1536, 8960, 30): 12, (5120, 13824, 40): 40}
 
 
-def shapes_of(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+def shapes_of(sizes: WanShape) -> dict[str, tuple[int, ...]]:
     """Official name -> shape of every parameter, in the order of the network."""
     dim, ffn_dim, _, blocks, text_dim, channels, freq_dim = sizes
     matrices = {

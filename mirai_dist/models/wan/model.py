@@ -20,24 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mirai_dist.attention.patterns import Full, Pattern, SegmentCausal, TeacherForced
+from mirai_dist.models.wan.keys import PATCH, WanShape
 from mirai_dist.models.wan.kv_cache import KeysValues
 from mirai_dist.models.wan.rope import rotary_table, rotate
 
-PATCH = (1, 2, 2)
 EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class WanShape:
-    """Sizes that fix every parameter of the network."""
-
-    dim: int
-    ffn_dim: int
-    heads: int
-    blocks: int
-    text_dim: int = 4096
-    channels: int = 16
-    freq_dim: int = 256
 
 
 class History(NamedTuple):
