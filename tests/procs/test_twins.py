@@ -31,9 +31,7 @@ from mirai_dist.weights.files import open_weights
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted(REPOSITORY.glob("recipes/[!b]*/*.yaml"))
-# 48 rollouts a cycle, and nothing in it that its foresight run and the other baselines do not run.
-SLOW = ("causal-forcing-chunkwise-dmd-1x8",)
-TWINS = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in SHIPPED]
+TWINS = [pytest.param(path, id=path.stem) for path in SHIPPED]
 FORESIGHT = {"loss/foresight", "cosine/foresight", "grad_norm/predictor", "lr/predictor", "seconds/encoder"}
 REPLAY = {"cosine/replay", "grad_norm/predictor", "lr/predictor"}
 
