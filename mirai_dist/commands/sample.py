@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from mirai_dist.commands.entry import main
-from mirai_dist.commands.generator import Chosen, Opened, Wish, chosen, sampler_of
+from mirai_dist.commands.generator import Chosen, Wish, chosen, sampler_of
 from mirai_dist.config import FileError, RecipeError, schema
 from mirai_dist.config.digest import digest
-from mirai_dist.cycle.encoders import text_of
-from mirai_dist.data.conditions import Encoder
+from mirai_dist.cycle.encoders import conditions_of
+from mirai_dist.data.conditions import Conditions
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.data.world import pixel_frames
 from mirai_dist.evaluate import video_files
 from mirai_dist.observe.console import Console
 from mirai_dist.runtime.bootstrap import Place, choose_device, find_place
-from mirai_dist.sample import Request, Timing, summary
+from mirai_dist.sample import Request, Sampler, Timing, summary
 from mirai_dist.state.draws import keyed_bits
 
 MANIFEST, TIMING = "manifest.json", "timing.json"
@@ -59,9 +59,10 @@ class Job:
 
     options: argparse.Namespace
     place: Place
-    made: Opened
+    sampler: Sampler
+    choice: Chosen
     identity: str  # digest of the weights
-    prompts: PromptFile
+    conditions: Conditions
     tasks: list[Task]
     console: Console
 
@@ -71,7 +72,7 @@ class Job:
 
     @property
     def video(self) -> schema.Video:
-        return self.made.chosen.recipe.video
+        return self.choice.recipe.video
 
     def own(self) -> list[Task]:
         """This rank's share: every size-th task from its rank on, whatever is finished already."""
@@ -88,9 +89,9 @@ def run(options: argparse.Namespace) -> int:
     names = _names_of(options, prompts)
     choice = chosen(_wish(options))
     check_images(options.images, prompts, choice.recipe.video)
-    encoder = text_of(choice.recipe, device)
+    conditions = _conditions(choice.recipe, prompts, device)
     if choice.recipe.text.encoder == "vocabulary":
-        check_vocabulary(encoder, prompts)
+        check_vocabulary(conditions, prompts)
     out: Path = options.out
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
             torch.cuda.set_device(device)
         sampler, identity = sampler_of(choice, device)
         agree(out / MANIFEST, {"weights_digest": identity}, tasks)
-        job = Job(options, place, Opened(sampler, encoder, choice), identity, prompts, tasks, console)
+        job = Job(options, place, sampler, choice, identity, conditions, tasks, console)
         _introduce(job)
         _finish(job, sample_all(job))
     return 0
@@ -130,11 +131,11 @@ def sample_all(job: Job) -> dict[str, Timing]:
 
 def sample_one(job: Job, task: Task) -> Timing:
     """Generate one video into its file, segment by segment. FileError when the network gives what is not finite."""
-    timing, sampler = Timing(), job.made.sampler
-    (prompt,) = job.prompts.captions([task.line])
+    timing, sampler = Timing(), job.sampler
+    (prompt,) = job.conditions.captions([task.line])
     given = None if job.options.images is None else first_frame(job, task)
     started = time.perf_counter()
-    text = job.made.text.encode([prompt]).to(sampler.device)
+    text = job.conditions.embed([task.line]).to(sampler.device)
     if sampler.device.type == "cuda":
         torch.cuda.synchronize(sampler.device)
     timing.text = time.perf_counter() - started
@@ -144,7 +145,7 @@ def sample_one(job: Job, task: Task) -> Timing:
         for pixels in sampler.pieces(Request(text, task.seed, sampler.latent_frames, given), timing):
             if not pixels.isfinite().all():
                 what = f"generates values that are not finite ({task.name}, frame {writer.frames})"
-                raise FileError(job.made.chosen.path, f"{what}; these weights are damaged or do not fit the recipe")
+                raise FileError(job.choice.path, f"{what}; these weights are damaged or do not fit the recipe")
             frames.append(video_files.to_uint8(pixels).cpu())
             writer.append(frames[-1])
             if not job.options.gif:
@@ -156,10 +157,10 @@ def sample_one(job: Job, task: Task) -> Timing:
 
 def first_frame(job: Job, task: Task) -> Tensor:
     """Latents [1, 1, C, h, w] of the image that a video goes on from."""
-    video, vae = job.video, job.made.sampler.vae
+    video, vae = job.video, job.sampler.vae
     height, width = PIXELS * video.latent_height, PIXELS * video.latent_width
     pixels = video_files.read_image(job.options.images / f"{task.line}.png", height, width)
-    return vae.encode(pixels[None, None].to(job.made.sampler.device))
+    return vae.encode(pixels[None, None].to(job.sampler.device))
 
 
 def tasks_of(names: PromptFile, samples: int, seed: int) -> list[Task]:
@@ -208,11 +209,22 @@ def check_images(folder: Path | None, prompts: PromptFile, video: schema.Video) 
             raise FileError(folder, f"{line}.png is missing, the first frame of prompt {line} (line {line + 1})")
 
 
-def check_vocabulary(encoder: Encoder, prompts: PromptFile) -> None:
+def _conditions(recipe: schema.Recipe, prompts: PromptFile, device: torch.device) -> Conditions:
+    """Embeddings of the prompts to sample. A store serves them if it was made of this very file."""
+    try:
+        return conditions_of(recipe, prompts, device)
+    except FileError as error:
+        if recipe.text.encoder != "store":
+            raise
+        what = f"{error.what}, or encode these prompts here: text.encoder=umt5 text.path=FOLDER_OF_UMT5"
+        raise FileError(error.where, what) from None
+
+
+def check_vocabulary(conditions: Conditions, prompts: PromptFile) -> None:
     """FileError naming the first prompt that is not of the procedural world."""
     for line in range(prompts.size):
         try:
-            encoder.encode(prompts.captions([line]))
+            conditions.embed([line])
         except ValueError as error:
             raise FileError(prompts.path, f"line {line + 1}: {error}") from None
 
@@ -241,13 +253,13 @@ def _described(options: argparse.Namespace, choice: Chosen, prompts: PromptFile,
 
 def _note(job: Job, task: Task) -> str:
     """What a video's file says about itself; no path, so that the same video is the same file everywhere."""
-    choice = job.made.chosen
+    choice = job.choice
     about = {"seed": task.seed, "weights": job.identity, "which": choice.which, "recipe": digest(choice.recipe)}
     return json.dumps(about)
 
 
 def _introduce(job: Job) -> None:
-    choice, cache = job.made.chosen, job.made.sampler.cache
+    choice, cache = job.choice, job.sampler.cache
     window = choice.recipe.rollout.window_frames
     seen = f"window {window}, sink {choice.recipe.rollout.sink_frames}" if window else "no window"
     job.console.say(f"{choice.path} ({choice.which}, {choice.kind}): {len(job.tasks)} videos to {job.out}")
@@ -255,7 +267,7 @@ def _introduce(job: Job) -> None:
         f"{choice.latent_frames} latent frames = {pixel_frames(choice.latent_frames)} pixel frames at "
         f"{job.video.fps} fps, {seen}; cache of {cache.shape.frames} latent frames, {cache.bytes / 2**20:.1f} MiB"
     )
-    repeated = job.prompts.size * job.options.samples - len(job.tasks)
+    repeated = (job.conditions.size or 0) * job.options.samples - len(job.tasks)
     if repeated > 0:
         job.console.say(f"{repeated} videos would repeat the name of an earlier line and are made once")
     if choice.kind == "ar":

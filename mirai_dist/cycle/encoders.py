@@ -26,7 +26,7 @@ def text_of(recipe: schema.Recipe, device: torch.device) -> Encoder:
     if text.encoder == "vocabulary":
         return VocabularyEncoder(World(recipe.world, recipe.video, recipe.seed).vocabulary(), text.dim, text.length)
     if text.encoder == "store":
-        what = "store holds the embeddings of the training prompts only; new prompts need text.encoder=umt5"
+        what = "store holds the embeddings of one prompt file; texts of your own need text.encoder=umt5"
         raise RecipeError("text.encoder", f"{what} text.path=FOLDER_OF_UMT5")
     encoder = Umt5Encoder.load(Path(text.path), text.length, device)
     if encoder.dim != text.dim:
@@ -34,18 +34,23 @@ def text_of(recipe: schema.Recipe, device: torch.device) -> Encoder:
     return encoder
 
 
-def conditions_of(recipe: schema.Recipe, world: World | None, engine: FsdpEngine) -> Conditions:
-    """Captions and embeddings that stages train on: the world's or a prompt file's, encoded here or precomputed.
-
-    A resident UMT5 is sharded as the networks are; every rank then encodes as many prompts as every other.
-    """
+def conditions_of(recipe: schema.Recipe, captions: World | PromptFile, device: torch.device) -> Conditions:
+    """Captions with their embeddings, encoded when they are asked for, or read from the store of that prompt file."""
     if recipe.text.encoder != "store":
-        encoder = text_of(recipe, engine.device)
-        if isinstance(encoder, Umt5Encoder):
-            engine.shard(encoder.network, text_plan(recipe.parallel, encoder.blocks))
-        return Encoded(world or PromptFile(Path(recipe.data.prompts)), encoder)
-    prompts = PromptFile(Path(recipe.data.prompts))
-    return EmbeddingStore(Path(recipe.text.path), recipe.text.length, prompts, dim=recipe.text.dim)
+        return Encoded(captions, text_of(recipe, device))
+    assert isinstance(captions, PromptFile)  # a rule refuses a store for the world's captions
+    return EmbeddingStore(Path(recipe.text.path), recipe.text.length, captions, dim=recipe.text.dim)
+
+
+def sharded(conditions: Conditions, recipe: schema.Recipe, engine: FsdpEngine) -> Conditions:
+    """The same, with a resident UMT5 sharded as the networks are.
+
+    Every rank must then encode as many prompts as every other, at the same time.
+    """
+    encoder = conditions.encoder if isinstance(conditions, Encoded) else None
+    if isinstance(encoder, Umt5Encoder):
+        engine.shard(encoder.network, text_plan(recipe.parallel, encoder.blocks))
+    return conditions
 
 
 def vae_of(recipe: schema.Recipe, device: torch.device) -> Vae:

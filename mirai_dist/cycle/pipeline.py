@@ -20,12 +20,13 @@ import torch
 from mirai_dist.config import Resolved, schema
 from mirai_dist.config.digest import digest
 from mirai_dist.cycle.cycle import Loop
-from mirai_dist.cycle.encoders import conditions_of
+from mirai_dist.cycle.encoders import conditions_of, sharded
 from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import STAGES, Run, Stage
 from mirai_dist.cycle.starts import starts_of
 from mirai_dist.cycle.studio import Studio
 from mirai_dist.cycle.watch import Watch
+from mirai_dist.data.prompts import PromptFile
 from mirai_dist.data.world import World as VideoWorld
 from mirai_dist.evaluate import video_files
 from mirai_dist.observe.console import Console
@@ -86,7 +87,7 @@ def make_run(job: Job, place: Place) -> Run:
         ranks.rank,
         engine,
         Draws(job.seed, ranks.device),
-        conditions_of(recipe, world, engine),
+        sharded(conditions_of(recipe, world or PromptFile(Path(recipe.data.prompts)), ranks.device), recipe, engine),
         world,
     )
 

@@ -137,9 +137,10 @@ def test_exported_weights_come_back(trained: Path) -> None:
 
 def test_videos_of_the_run_and_of_its_export_are_the_same(trained: Path) -> None:
     mirai(trained, "export", "run", "--to", "wan", "--which", "ema", "--out", "generator")
-    common = ("--prompts", "prompts.txt", "--seed", "3", "text.encoder=umt5", "text.path=umt5")
-    mirai(trained, "sample", "run", "--out", "videos", "--nproc", "2", "--grid", *common)
-    mirai(trained, "sample", "generator", "--recipe", "run/recipe.yaml", "--out", "again", *common)
+    common = ("--prompts", "prompts.txt", "--seed", "3")
+    mirai(trained, "sample", "run", "--out", "videos", "--nproc", "2", "--grid", *common)  # embeddings of the store
+    mirai(trained, "sample", "generator", "--recipe", "run/recipe.yaml", "--out", "again", *common,
+          "text.encoder=umt5", "text.path=umt5")
     for prompt in PROMPTS:
         video = trained / "videos" / f"{prompt}-0.mp4"
         frames = str(1 + 4 * (FRAMES - 1))

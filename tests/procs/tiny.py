@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,7 +57,29 @@ def lively_initialise(name: str, parameter: Tensor, generator: torch.Generator) 
 
 @contextmanager
 def lively(dtype: str = "") -> Iterator[None]:
-    """Stages built inside start with `lively_initialise`; with a dtype, they store and compute in it throughout."""
+    """Stages built inside start with `lively_initialise`; with a dtype, they store and compute in it throughout.
+
+    Ranks that are threads share what is patched: the first to enter patches, the last to leave takes it back.
+    """
+    with _lively_lock:
+        if not _lively_ranks:
+            _lively_patches.enter_context(_patched(dtype))
+        _lively_ranks.append(dtype)
+    assert len(set(_lively_ranks)) == 1, "ranks build in different dtypes"
+    try:
+        yield
+    finally:
+        with _lively_lock:
+            _lively_ranks.pop()
+            if not _lively_ranks:
+                _lively_patches.close()
+
+
+_lively_lock, _lively_ranks, _lively_patches = threading.Lock(), [], ExitStack()
+
+
+@contextmanager
+def _patched(dtype: str) -> Iterator[None]:
     with ExitStack() as patches:
         for module in (wan_model, predictor):
             patches.enter_context(mock.patch.object(module, "initialise", lively_initialise))

@@ -348,7 +348,7 @@ WRONG: list[Wrong] = [
     (["RUNS/single", "generator.blocks=3"], "is missing from the checkpoint"),
     (["RUNS/single", "text.encoder=umt5", "text.path=nothing"], "nothing"),
     (["RUNS/single", "text.encoder=umt5"], "text.path is missing"),
-    (["bare.pt", "--recipe", "store.yaml", "--which", "raw"], "new prompts need text.encoder=umt5 text.path="),
+    (["bare.pt", "--recipe", "store.yaml", "--which", "raw"], "or encode these prompts here: text.encoder=umt5"),
     (["RUNS/single", "--images", "nowhere"], "nowhere: is no folder; --images"),
     (["one.txt", "--recipe", "RUNS/single/recipe.yaml", "--which", "raw"], "one.txt: is "),
     (["one.txt"], "one.txt: holds weights and no recipe; say shape, text, VAE and steps with --recipe"),
