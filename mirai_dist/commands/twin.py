@@ -246,6 +246,7 @@ def _evaluate(evaluate: schema.Evaluate) -> schema.Evaluate:
         samples=min(evaluate.samples, 2),
         probe_clips=min(evaluate.probe_clips, 8),
         probe_updates=min(evaluate.probe_updates, 2),
+        grid_every=min(evaluate.grid_every, 1),
         teacher_steps=min(evaluate.teacher_steps, 2),
     )
 

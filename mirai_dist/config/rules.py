@@ -137,7 +137,13 @@ RANGES: dict[type, dict[str, Range]] = {
     schema.Stage: {"cycles": _COUNT, "prompt_dropout": _DECAY},
     schema.Parallel: {"replicas": _COUNT},
     schema.Checkpoint: {"every_cycles": _COUNT, "keep": _COUNT},
-    schema.Evaluate: {"samples": _COUNT, "probe_clips": _COUNT, "probe_updates": _COUNT, "teacher_steps": _COUNT},
+    schema.Evaluate: {
+        "samples": _COUNT,
+        "probe_clips": _COUNT,
+        "probe_updates": _COUNT,
+        "grid_every": _NOT_NEGATIVE,
+        "teacher_steps": _COUNT,
+    },
     schema.Recipe: {"seed": _NOT_NEGATIVE},
 }
 

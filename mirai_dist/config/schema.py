@@ -269,6 +269,11 @@ class Evaluate:
     samples: int = key(64, help="videos per arm and seed from which quality is measured")
     probe_clips: int = key(256, help="rollouts whose states the future-readout probe is trained on")
     probe_updates: int = key(300, help="updates of each probe decoder")
+    grid_every: int = key(
+        0,
+        help="cycles of a dmd stage between sample grids of fixed prompts and noise: generator, and what teacher and "
+        "critic make of its samples; 0: only at the end",
+    )
     teacher_steps: int = key(20, help="Euler steps of the bidirectional teacher's own samples")
 
 

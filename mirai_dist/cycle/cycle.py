@@ -3,6 +3,7 @@
 step        the update at this position (phases.py)
 record      its losses, averaged over ranks
 advance     to the next position, or the next cycle
+show        a grid of samples, when due
 save        when due, or when somebody asked to stop
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mirai_dist.cycle.gallery import Gallery
 from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import Stage
 from mirai_dist.cycle.watch import Watch
@@ -24,10 +26,11 @@ class Stopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Loop:
-    """What a stage's cycles need around them: checkpoints, observation, and ears for signals."""
+    """What a stage's cycles need around them: checkpoints, observation, sample grids, and ears for signals."""
 
     saver: Saver
     watch: Watch
+    gallery: Gallery
     stop: StopRequest
 
     def run(self, stage: Stage, title: str) -> None:
@@ -43,5 +46,7 @@ class Loop:
                         f"stopped by {self.stop.reason or 'a signal'} in {title} before cycle {stage.cycle} "
                         f"position {stage.position}; run the same command to go on"
                     )
-                if stage.position == 0 and self.saver.due(stage):
-                    self.saver.save(stage)
+                if stage.position == 0:
+                    self.gallery.cycle_ended(stage)
+                    if self.saver.due(stage):
+                        self.saver.save(stage)

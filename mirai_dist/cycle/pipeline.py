@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,13 @@ from mirai_dist.config import Resolved, schema
 from mirai_dist.config.digest import digest
 from mirai_dist.cycle.cycle import Loop
 from mirai_dist.cycle.encoders import conditions_of, sharded
+from mirai_dist.cycle.gallery import Gallery
 from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import STAGES, Run, Stage
 from mirai_dist.cycle.starts import starts_of
-from mirai_dist.cycle.studio import Studio
 from mirai_dist.cycle.watch import Watch
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.data.world import World as VideoWorld
-from mirai_dist.evaluate import video_files
 from mirai_dist.observe.console import Console
 from mirai_dist.observe.sinks import Sinks
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
@@ -36,8 +35,6 @@ from mirai_dist.parallel.mesh import build_mesh
 from mirai_dist.runtime.bootstrap import World
 from mirai_dist.runtime.signals import StopRequest
 from mirai_dist.state.draws import Draws
-
-SHOWN = 6  # videos of the grid that ends a stage
 
 
 @dataclass(frozen=True)
@@ -109,24 +106,11 @@ def train(job: Job, place: Place) -> None:
     saver.resume(stage)
     with closing(Sinks.of_stage(place.ranks.rank, job.directory)) as sinks:
         sinks.text("effective", f"```\n{(place.run_dir / 'effective.yaml').read_text()}```", stage.cycle)
-        Loop(saver, Watch(place.console, sinks), place.stop).run(stage, job.title)
-        show(stage, job, sinks)
+        gallery = Gallery(job.directory, sinks)
+        Loop(saver, Watch(place.console, sinks), gallery, place.stop).run(stage, job.title)
+        gallery.stage_ended(stage)
     if place.ranks.rank == 0:
         mark_done(job, {"cycles": stage.cycle, "seconds": time.time() - started})
-
-
-def show(stage: Stage, job: Job, sinks: Sinks) -> None:
-    """A grid of samples of what the stage has trained: below its directory and in TensorBoard."""
-    role = next(iter(stage.roles.values()))
-    studio = Studio(stage.run, SHOWN)
-    sample = studio.teacher_samples if stage.stage.kind == "bidirectional" else studio.generator_samples
-    with role.average.swapped(role.network) if role.average else nullcontext():
-        pixels = sample(role)
-    stage.run.engine.release(role.network)
-    if stage.run.rank == 0:
-        frames = video_files.grid(pixels, columns=SHOWN // 2)
-        video_files.write_mp4(job.directory / "samples" / f"cycle-{stage.cycle:06d}.mp4", frames, job.recipe.video.fps)
-        sinks.video("samples", video_files.gif_bytes(frames, job.recipe.video.fps), stage.cycle)
 
 
 def is_done(job: Job) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mirai_dist.cycle.roles import Builder, Role, causal, kv_cache, rollout_settings, teacher_forced, velocity_of
 from mirai_dist.cycle.stages import Run
 from mirai_dist.evaluate.report import Precondition
-from mirai_dist.method.dmd import Conditioning
+from mirai_dist.method.dmd import Conditioning, guided
 from mirai_dist.method.flow import add_noise, clean_from_velocity, euler_grid
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.rollout import RolloutInputs, rollout
@@ -20,6 +20,7 @@ from mirai_dist.models.wan import Capture
 from mirai_dist.state.cursor import Cursor
 
 T = TypeVar("T")
+JUDGED_AT = 600.0  # timestep: much of a sample is gone, its composition is not
 HISTORY_RATIO = 0.8  # error with the right history must be below this fraction of the error without
 
 
@@ -42,9 +43,37 @@ class Studio:
     def text(self, clips: list[int]) -> Tensor:
         return self.run.encode(self.numbers, clips)
 
-    @torch.no_grad()
     def generator_samples(self, role: Role) -> Tensor:
         """Pixels [N, T, 3, H, W] of rollouts through all denoising steps, of the clips quality is measured on."""
+        clips, latents = self._rollouts(role)
+        return self._pixels(clips, latents)
+
+    @torch.no_grad()
+    def judged_samples(self, generator: Role, teacher: Role, critic: Role) -> dict[str, Tensor]:
+        """The generator's pixels, and those of the x0 that guided teacher and critic see in its noised samples.
+
+        Each [N, T, 3, H, W]. Where the two differ is where DMD pulls; all noise is fixed, so that grids of different
+        cycles can be compared.
+        """
+        clips, latents = self._rollouts(generator)
+        at = torch.full((len(clips),), JUDGED_AT, device=latents.device)
+        noise = self.run.draws.normal("evaluate/judged", 0, 0, clips, latents.shape[1:])
+        noisy, text = add_noise(latents, noise, at), self.text(clips)
+
+        def estimate(role: Role, prompts: Tensor) -> Tensor:
+            return clean_from_velocity(noisy, velocity_of(role.network)(noisy, at, prompts), at)
+
+        negative = self.run.negative.expand_as(text)
+        real = guided(estimate(teacher, text), estimate(teacher, negative), self.recipe.dmd.guidance)
+        judged = {"generator": latents, "teacher x0": real, "critic x0": estimate(critic, text)}
+        return {name: self._pixels(clips, each) for name, each in judged.items()}
+
+    def _pixels(self, clips: list[int], latents: Tensor) -> Tensor:
+        return self._whole(clips, self.run.vae.decode(latents).cpu())
+
+    @torch.no_grad()
+    def _rollouts(self, role: Role) -> tuple[list[int], Tensor]:
+        """This rank's clips, and latents of rollouts of them through all denoising steps."""
         recipe, clips = self.recipe, self.own(self.recipe.evaluate.samples)
         video, settings = recipe.video, rollout_settings(recipe)
         steps = len(settings.timesteps)
@@ -53,7 +82,7 @@ class Studio:
         inputs = RolloutInputs(noise, self.text(clips), exit_step=steps - 1)
         cache = kv_cache(recipe, len(clips), video.latent_frames, noise.device, streaming=True)
         latents, _ = rollout(causal(role.network), settings, inputs, cache)
-        return self._whole(clips, self.run.vae.decode(latents).cpu())
+        return clips, latents
 
     @torch.no_grad()
     def teacher_samples(self, role: Role) -> Tensor:
@@ -66,7 +95,7 @@ class Studio:
         grid = euler_grid(recipe.evaluate.teacher_steps, recipe.flow.shift)
         prompts = Conditioning(self.text(clips), self.run.negative)
         latents = euler_sample(velocity_of(role.network), noise, prompts, grid, recipe.dmd.guidance)
-        return self._whole(clips, self.run.vae.decode(latents).cpu())
+        return self._pixels(clips, latents)
 
     @torch.no_grad()
     def readout_states(self, role: Role) -> Tensor:

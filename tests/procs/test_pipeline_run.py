@@ -33,7 +33,8 @@ SHRUNKEN = [
     "world.speed=1", "world.radius=3", "text.dim=8", "foresight.predictor_blocks=1", "dmd.critic_updates=2",
     "teacher.dim=12", "teacher.ffn_dim=16", "teacher.heads=1", "teacher.blocks=1", "teacher.freq_dim=8",
     "foresight.depth=1", "rollout.steps=[1000,500]", "study.seeds=[11]", "checkpoint.every_cycles=1",
-    "evaluate.samples=2", "evaluate.probe_clips=8", "evaluate.probe_updates=1", "evaluate.teacher_steps=2",
+    "evaluate.samples=2", "evaluate.grid_every=1", "evaluate.teacher_steps=2",
+    "evaluate.probe_clips=8", "evaluate.probe_updates=1",
     *(f"stages.{name}.cycles={cycles}" for name, cycles in STAGES.items()),
     *(f"stages.{name}.optimizer.warmup=0" for name in STAGES),
     *(f"stages.{name}.batch.{key}" for name in STAGES for key in ("micro_size=2", "global_size=4")),
@@ -120,6 +121,7 @@ def test_from_nothing_to_the_report(finished: Path) -> None:
         assert {record["cycle"] for record in records(job)} == set(range(cycles))
         assert [path.name for path in commit.complete(job / "checkpoints")][-1] == f"cycle-{cycles:06d}-position-0"
         assert list((job / "samples").glob("*.mp4")) and list((job / "tensorboard").iterdir())
+        assert ("distil" in job.parts) == bool(list((job / "samples").glob("*-judged.mp4")))
     document = json.loads((finished / "report.json").read_text())
     text = (finished / "report.html").read_text()
     assert all(name in json.dumps(document) and name in text for name in ARMS)
