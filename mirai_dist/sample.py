@@ -9,8 +9,10 @@
         show(frame)
 
 The loop is training's own (`method.rollout.segments`): all denoising steps, stochastic re-noising, then the context
-pass at `rollout.context_timestep` that fills the cache. Noise is drawn when its segment comes, keyed by (seed of the
-video, segment, step): which rank makes a video, in which order, after which interruption, changes nothing.
+pass at `rollout.context_timestep` that fills the cache. The segment at frame 0 has its own step list where the
+recipe gives one; a given image takes its place, and everything after it uses the common list. Noise is drawn when its
+segment comes, keyed by (seed of the video, segment, step): which rank makes a video, in which order, after which
+interruption, changes nothing.
 
 What a segment attends to (frames are latent frames; L a segment, W the window, S the sinks, n the segment's first
 frame, counted from 0):
@@ -152,15 +154,17 @@ class Sampler:
             before = self._now()  # what the reader of this stream did meanwhile is not ours
 
     def _inputs(self, request: Request) -> RolloutInputs:
-        draws, steps = self.draws(request.seed), len(self.settings.timesteps)
-        length = self.settings.frames_per_segment
+        draws, settings = self.draws(request.seed), self.settings
+        length = settings.frames_per_segment
         shape = (length, *self.latent_shape)
 
         def draw(first: int) -> Tensor:
-            return torch.stack([draws.normal("sample", first // length, i, [0], shape) for i in range(steps + 1)])
+            return torch.stack([draws.normal("sample", first // length, i, [0], shape) for i in range(settings.noises)])
 
         noise = DrawnNoise(request.latent_frames, draw)
-        return RolloutInputs(noise, request.text.to(self.device), exit_step=steps - 1, given=request.given)
+        exit_step, first = settings.last_steps
+        text = request.text.to(self.device)
+        return RolloutInputs(noise, text, exit_step, given=request.given, first_exit_step=first)
 
     def _check(self, request: Request) -> None:
         frames, length, held = request.latent_frames, self.settings.frames_per_segment, self.cache.shape

@@ -44,6 +44,47 @@ def data(parser: argparse.ArgumentParser) -> None:
     embed.add_argument("--length", type=int, default=512, help="longest prompt in tokens (Wan: 512)")
     embed.add_argument("--shard-size", type=int, default=2048, help="prompts a shard file")
     embed.add_argument("--part", default="0/1", metavar="I/N", help="make shards I, I + N, ... (job arrays)")
+    _data_latents(verbs.add_parser("latents", help="encode a folder of videos with the VAE"))
+    make = verbs.add_parser("make", help="trajectories of the AR teacher, for an ode stage")
+    make.add_argument("item", metavar="ITEM", choices=("ode",), help="ode")
+    make.add_argument("recipe", metavar="RECIPE", type=Path, help="recipe file")
+    make.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override of a recipe key")
+    make.add_argument("--run-dir", type=Path, help="run directory that holds the AR teacher (default: runs/<name>)")
+    make.add_argument("--stage", help="stage of kind ode (default: the first)")
+    make.add_argument("--part", default="0/1", metavar="I/N", help="make shards I, I + N, ... (job arrays)")
+    convert = verbs.add_parser("convert", help="between a store and the published LMDB layout, bit for bit")
+    convert.add_argument("source", metavar="SOURCE", type=Path, help="store, LMDB folder, or folder of LMDB folders")
+    convert.add_argument("--to", choices=("lmdb", "mirai"), required=True, help="layout to write")
+    convert.add_argument("--out", type=Path, required=True, help="new folder; a store that was begun goes on")
+    convert.add_argument("--shard-size", type=int, default=16, help="entries a shard file of a store")
+    convert.add_argument("--timesteps", default="", metavar="T,T,...", help="of LMDB rows that are not published ones")
+    verify = verbs.add_parser("verify", help="read everything and name what is damaged")
+    verify.add_argument("stores", metavar="STORE", type=Path, nargs="+", help="embeddings, latents, ODE pairs, LMDB")
+    _data_estimate(verbs.add_parser("estimate", help="FLOPs, bytes and GPU-hours before anything is made"))
+
+
+def _data_latents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("videos", metavar="VIDEOS", type=Path, help="folder of mp4 and other videos, taken by name")
+    parser.add_argument("--vae", type=Path, required=True, help="VAE folder of diffusers, or Wan2.1_VAE.pth")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the store")
+    parser.add_argument("--frames", type=int, default=81, help="pixel frames of a clip, 1 + 4 n, from the beginning")
+    parser.add_argument("--size", default="480x832", metavar="HxW", help="pixels; resized, the centre is kept")
+    parser.add_argument("--fps", type=int, default=16, help="frame rate that videos are brought to")
+    parser.add_argument("--captions", type=Path, help="captions by line (default: the .txt beside each video)")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the stored latents")
+    parser.add_argument("--shard-size", type=int, default=64, help="videos a shard file")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="make shards I, I + N, ... (job arrays)")
+
+
+def _data_estimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("item", metavar="ITEM", choices=("embed", "latents", "ode"), help="embed, latents or ode")
+    parser.add_argument("--count", type=int, required=True, help="prompts or videos")
+    parser.add_argument("--gpu", default="", help="a100, h100, h200 or b200; another one: FLOPs and bytes only")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="fraction of the GPU's peak that is assumed")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a prompt (embed)")
+    parser.add_argument("--frames", type=int, default=81, help="pixel frames (latents)")
+    parser.add_argument("--size", default="480x832", metavar="HxW", help="pixels (latents)")
+    parser.add_argument("--segments", choices=("chunk", "frame"), default="chunk", help="of the AR teacher (ode)")
 
 
 def sample(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +134,7 @@ def shrink(parser: argparse.ArgumentParser) -> None:
 VERBS = {
     "import": Verb("mirai_dist.commands.import_weights", "bring weights into one checked form", import_weights),
     "export": Verb("mirai_dist.commands.export", "write trained weights for other programs", export),
-    "data": Verb("mirai_dist.commands.data", "prepare data: text embeddings", data),
+    "data": Verb("mirai_dist.commands.data", "prepare data: embeddings, latents, ODE pairs", data),
     "sample": Verb("mirai_dist.commands.sample", "generate videos from a run or a weight file", sample, ranks=True),
     "shrink": Verb("mirai_dist.commands.shrink", "derive a tiny twin of a recipe, with all its files", shrink),
 }

@@ -72,6 +72,7 @@ class Chosen:
             "window": rollout.window_frames,
             "sink": rollout.sink_frames,
             "steps": str(rollout.steps),
+            "first_steps": str(rollout.first_steps),
             "shift": str(self.recipe.flow.shift),
             "recipe": digest(self.recipe),
             **({"weights_digest": self.identity()} if self.checkpoint else {}),

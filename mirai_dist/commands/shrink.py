@@ -36,6 +36,10 @@ def write(resolved: Resolved, ranks: int, out: Path) -> Path:
     """
     out = Path(os.path.abspath(out))
     refuse_occupied(out)
+    for key in ("latents", "ode_pairs"):
+        if getattr(resolved.recipe.data, key):
+            what = f"data.{key} has no tiny twin yet; shrink a recipe, or a part of it, without"
+            raise RecipeError(f"data.{key}", what)
     if resolved.recipe.text.encoder == "umt5":
         what = "an encoder held by the job has no tiny twin; shrink with text.encoder=store text.path=embeddings"
         raise RecipeError(resolved.origins["text.encoder"], what)

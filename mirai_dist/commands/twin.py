@@ -16,7 +16,7 @@ from pathlib import Path
 from mirai_dist.config import FileError, Resolved, schema
 from mirai_dist.config.digest import flatten
 from mirai_dist.config.kinds import ACCEPTS
-from mirai_dist.config.rules import accumulation, check_layout
+from mirai_dist.config.rules import accumulation, check_layout, least_grid
 from mirai_dist.config.schema import Network, Optimizer, Recipe
 from mirai_dist.config.source import dump
 from mirai_dist.evaluate.world_metrics import LEAST_FRAMES
@@ -156,6 +156,7 @@ def _shrunken(recipe: Recipe, scale: Scale) -> Recipe:
         generator=_network(recipe.generator, scale),
         critic=_network(recipe.critic, scale),
         rollout=_rollout(recipe, scale),
+        ode=_ode(recipe),
         dmd=replace(recipe.dmd, critic_optimizer=_optimizer(recipe.dmd.critic_optimizer)),
         foresight=replace(
             recipe.foresight,
@@ -222,7 +223,13 @@ def _rollout(recipe: Recipe, scale: Scale) -> schema.Rollout:
     if not rollout.window_frames:
         return rollout
     window = _window_segments(recipe) if _slides(recipe) else scale.segments
-    return replace(rollout, window_frames=window * length, sink_frames=min(rollout.sink_frames, length))
+    longer = rollout.total_frames > recipe.video.latent_frames
+    return replace(
+        rollout,
+        window_frames=window * length,
+        sink_frames=min(rollout.sink_frames, length),
+        total_frames=(scale.segments + 1) * length if longer else 0,
+    )
 
 
 def _stage(stage: schema.Stage, scale: Scale) -> schema.Stage:
@@ -232,9 +239,16 @@ def _stage(stage: schema.Stage, scale: Scale) -> schema.Stage:
         stage,
         cycles=min(stage.cycles, CYCLES),
         batch=replace(stage.batch, micro_size=micro, global_size=together),
+        trajectories=min(stage.trajectories, 4),
         optimizer=_optimizer(stage.optimizer),
         ema=replace(stage.ema, start_update=min(stage.ema.start_update, 1)),
     )
+
+
+def _ode(recipe: Recipe) -> schema.Ode:
+    if not any(stage.trajectories for stage in recipe.stages.values()):
+        return recipe.ode
+    return replace(recipe.ode, points=least_grid(recipe.rollout.steps), shard_size=min(recipe.ode.shard_size, 2))
 
 
 def _optimizer(optimizer: Optimizer) -> Optimizer:

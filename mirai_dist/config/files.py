@@ -13,6 +13,10 @@ def named(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, path) of every file and folder that the recipe names."""
     if recipe.data.prompts:
         yield "data.prompts", recipe.data.prompts
+    if recipe.data.latents:
+        yield "data.latents", recipe.data.latents
+    if recipe.data.ode_pairs:
+        yield "data.ode_pairs", recipe.data.ode_pairs
     if recipe.text.path:
         yield "text.path", recipe.text.path
     if recipe.vae.path:

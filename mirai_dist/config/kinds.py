@@ -7,13 +7,22 @@ by accident, nor a real score from a causal one; both would train, and the curve
 from __future__ import annotations
 
 # kind of a stage -> kind of the weights it leaves
-PRODUCES = {"bidirectional": "diffusion", "teacher_forcing": "ar", "consistency": "cd", "dmd": "dmd"}
+PRODUCES = {
+    "bidirectional": "diffusion",
+    "teacher_forcing": "ar",
+    "diffusion_forcing": "ar",
+    "consistency": "cd",
+    "ode": "ode",
+    "dmd": "dmd",
+}
 
 # (kind of a stage, role) -> kinds that it may start from
 ACCEPTS = {
     ("bidirectional", "parent"): ("diffusion",),
     ("teacher_forcing", "parent"): ("diffusion", "ar"),
+    ("diffusion_forcing", "parent"): ("diffusion", "ar"),
     ("consistency", "parent"): ("ar",),
+    ("ode", "parent"): ("ar",),
     ("dmd", "parent"): ("ar", "ode", "cd", "dmd"),
     ("dmd", "teacher"): ("diffusion",),
     ("dmd", "critic"): ("diffusion",),

@@ -51,7 +51,13 @@ def check(recipe: Recipe, origins: Mapping[str, str], shown: str = "recipe") -> 
 
 # Sections that only a stage of one kind reads. Recipes may carry them along (they extend common bases), but
 # somebody who types such a key expects it to do something.
-_ONLY_WITH = {"dmd": "dmd", "foresight": "dmd", "study": "dmd", "consistency": "consistency"}
+_ONLY_WITH = {
+    "dmd": "dmd",
+    "foresight": "dmd",
+    "study": "dmd",
+    "consistency": "consistency",
+    "ode": "ode",
+}
 
 
 def _place(keys: tuple[str, ...], origins: Mapping[str, str], shown: str) -> str:
@@ -116,6 +122,7 @@ RANGES: dict[type, dict[str, Range]] = {
     schema.Batch: {"global_size": _COUNT, "micro_size": _COUNT},
     schema.Ema: {"decay": _DECAY, "start_update": _NOT_NEGATIVE},
     schema.Rollout: {
+        "total_frames": _NOT_NEGATIVE,
         "exit_groups": _COUNT,
         "context_timestep": _TIMESTEP,
         "window_frames": _NOT_NEGATIVE,
@@ -134,7 +141,13 @@ RANGES: dict[type, dict[str, Range]] = {
         "predictor_blocks": _COUNT,
     },
     schema.Consistency: {"points": Range(low=2), "guidance": _NOT_NEGATIVE},
-    schema.Stage: {"cycles": _COUNT, "prompt_dropout": _DECAY},
+    schema.Ode: {"points": _COUNT, "guidance": _NOT_NEGATIVE, "shard_size": _COUNT},
+    schema.Stage: {
+        "cycles": _COUNT,
+        "prompt_dropout": _DECAY,
+        "context_noise": _TIMESTEP,
+        "trajectories": _NOT_NEGATIVE,
+    },
     schema.Parallel: {"replicas": _COUNT},
     schema.Checkpoint: {"every_cycles": _COUNT, "keep": _COUNT},
     schema.Evaluate: {
@@ -273,12 +286,21 @@ def _dmd_roles(recipe: Recipe) -> Iterator[Problem]:
                     yield Problem((f"stages.{name}.{role}", kind), what)
 
 
+@rule("context-noise")
+def _context_noise(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        if stage.context_noise and stage.kind != "teacher_forcing":
+            key = f"stages.{name}.context_noise"
+            what = f"{key} has no effect in a stage of kind {stage.kind}: only teacher_forcing has a past apart"
+            yield Problem((key, f"stages.{name}.kind"), f"{what}; remove it")
+
+
 @rule("source-kind")
 def _source_kind(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         key = f"stages.{name}.parent"
-        if stage.kind == "consistency" and not stage.parent:
-            what = f"{key}: a consistency stage distils an AR teacher, and there is none; name one"
+        if stage.kind in ("consistency", "ode") and not stage.parent:
+            what = f"{key}: a {stage.kind} stage distils an AR teacher, and there is none; name one"
             yield Problem((key, f"stages.{name}.kind"), what)
         for role in _ROLES:
             source = getattr(stage, role)
@@ -287,6 +309,32 @@ def _source_kind(recipe: Recipe) -> Iterator[Problem]:
             if why:
                 keys = (f"stages.{name}.{role}", f"stages.{name}.kind", f"weights.{source}.kind")
                 yield Problem(keys, f"stages.{name}.{role} {source!r} {why}")
+
+
+@rule("trajectories")
+def _trajectories(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        keys = (f"stages.{name}.trajectories", f"stages.{name}.kind")
+        if stage.kind != "ode" and stage.trajectories:
+            yield Problem(keys, f"{keys[0]} has no effect in a stage of kind {stage.kind}; remove it")
+        if stage.kind == "ode" and bool(stage.trajectories) == bool(recipe.data.ode_pairs):
+            both = "both are set" if stage.trajectories else "neither is set"
+            what = f"stage {name} makes {keys[0]} trajectories, or reads data.ode_pairs, and {both}; set one of the two"
+            yield Problem((*keys, "data.ode_pairs"), what)
+
+
+@rule("trajectory-grid")
+def _trajectory_grid(recipe: Recipe) -> Iterator[Problem]:
+    points, steps = recipe.ode.points, recipe.rollout.steps
+    made = any(stage.trajectories for _, stage in _of_kind(recipe, "ode"))
+    if made and any(points * step % 1000 for step in steps):
+        what = f"rollout.steps {steps} do not lie on the grid of ode.points {points}"
+        yield Problem(("ode.points", "rollout.steps"), f"{what}; use a multiple of {least_grid(steps)}")
+
+
+def least_grid(steps: list[int]) -> int:
+    """Fewest points of an Euler grid on which these denoising steps lie."""
+    return next(points for points in range(1, 1001) if all(points * step % 1000 == 0 for step in steps))
 
 
 def _kind_of(recipe: Recipe, source: str) -> str:
@@ -327,16 +375,17 @@ def _unused_weights(recipe: Recipe) -> Iterator[Problem]:
 
 @rule("text-encoder")
 def _text_encoder(recipe: Recipe) -> Iterator[Problem]:
-    text, prompts = recipe.text, recipe.data.prompts
-    if text.encoder == "vocabulary" and prompts:
-        what = "text.encoder vocabulary knows the procedural world's words only; for data.prompts use umt5 or store"
-        yield Problem(("text.encoder", "data.prompts"), what)
+    text = recipe.text
+    for key in ("prompts", "latents", "ode_pairs"):
+        if text.encoder == "vocabulary" and getattr(recipe.data, key):
+            what = f"text.encoder vocabulary knows the procedural world's words only; for data.{key} use umt5 or store"
+            yield Problem(("text.encoder", f"data.{key}"), what)
     if text.encoder == "vocabulary" and text.path:
         yield Problem(("text.path",), "text.path has no effect with text.encoder vocabulary; remove it")
     if text.encoder != "vocabulary" and not text.path:
         what = f"text.path is missing: text.encoder {text.encoder} reads it"
         yield Problem(("text.path", "text.encoder"), f"{what}; give the folder")
-    if text.encoder == "store" and not prompts:
+    if text.encoder == "store" and not recipe.data.prompts and _of_kind(recipe, "dmd"):
         what = "text.encoder store holds the embeddings of a prompt file; set data.prompts to that file"
         yield Problem(("text.encoder", "data.prompts"), what)
 
@@ -352,9 +401,10 @@ def _vae_path(recipe: Recipe) -> Iterator[Problem]:
 @rule("clips-needed")
 def _clips_needed(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
-        if recipe.data.prompts and stage.kind != "dmd":
-            what = f"stages.{name} of kind {stage.kind} trains on clips, and data.prompts holds none"
-            yield Problem(("data.prompts", f"stages.{name}.kind"), f"{what}; remove data.prompts or the stage")
+        trains_on_clips = stage.kind not in ("dmd", "ode") or stage.trajectories
+        if recipe.text.encoder == "store" and not recipe.data.latents and trains_on_clips:
+            what = f"stages.{name} of kind {stage.kind} needs clips, and no store holds the world's captions"
+            yield Problem(("data.latents", "text.encoder", f"stages.{name}.kind"), f"{what}; set data.latents")
 
 
 @rule("dmd-last")
@@ -437,11 +487,30 @@ def _consistency_average(recipe: Recipe) -> Iterator[Problem]:
 
 @rule("rollout-steps")
 def _rollout_steps(recipe: Recipe) -> Iterator[Problem]:
-    steps = recipe.rollout.steps
-    falling = all(high > low for high, low in zip(steps, steps[1:], strict=False))
-    if not steps or not falling or not all(1 <= step <= 1000 for step in steps):
-        what = f"rollout.steps {steps} must fall strictly and lie within 1..1000, such as [1000, 750, 500, 250]"
-        yield Problem(("rollout.steps",), what)
+    for name, steps in (("steps", recipe.rollout.steps), ("first_steps", recipe.rollout.first_steps)):
+        falling = all(high > low for high, low in zip(steps, steps[1:], strict=False))
+        missing = not steps and name == "steps"
+        if missing or not falling or not all(1 <= step <= 1000 for step in steps):
+            what = f"rollout.{name} {steps} must fall strictly and lie within 1..1000, such as [1000, 750, 500, 250]"
+            yield Problem((f"rollout.{name}",), what)
+
+
+@rule("total-frames")
+def _total_frames(recipe: Recipe) -> Iterator[Problem]:
+    total, scored = recipe.rollout.total_frames, recipe.video.latent_frames
+    if not total:
+        return
+    keys = ("rollout.total_frames", "video.latent_frames")
+    if total < scored or total % recipe.video.frames_per_segment:
+        what = f"rollout.total_frames {total} must be whole segments, and at least video.latent_frames {scored}"
+        yield Problem(keys, f"{what}; use {scored + recipe.video.frames_per_segment} or 0")
+    window = recipe.rollout.window_frames
+    if total > scored and not 0 < window <= scored:
+        what = f"a rollout of {total} frames needs a window of at most {scored}, which is what the scores know"
+        yield Problem(("rollout.window_frames", *keys), f"{what}; set rollout.window_frames to {scored}")
+    if total > scored == recipe.video.frames_per_segment:
+        what = "the first scored segment of a long rollout gets no gradient, and here it is the only one"
+        yield Problem(keys, f"{what}; raise video.latent_frames")
 
 
 @rule("window")
@@ -503,7 +572,7 @@ def _shuffled_targets(recipe: Recipe) -> Iterator[Problem]:
 # --- the study -----------------------------------------------------------------------------------------------
 
 # Arms share their start, data and draws: nothing that earlier stages or the report read may differ between them.
-_SHARED = {"name", "seed", "study", "video", "world", "text", "consistency", "evaluate"}
+_SHARED = {"name", "seed", "study", "video", "world", "text", "consistency", "ode", "evaluate"}
 _SHARED |= {"teacher", "generator", "critic", "data", "vae", "weights"}
 
 

@@ -50,7 +50,11 @@ class World:
 class Data:
     """What is trained on beside the procedural world."""
 
-    prompts: str = key("", help="prompt file, UTF-8, one a line; empty: captions and clips of the procedural world")
+    prompts: str = key("", help="prompts of dmd stages, one a line, UTF-8; empty: captions of latents, or of the world")
+    latents: str = key(
+        "", help="clean latents that earlier stages train on, our store or the published LMDB; empty: the world's clips"
+    )
+    ode_pairs: str = key("", help="trajectories that ode stages train on; empty: they make their own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +148,12 @@ class Rollout:
     """Segment-by-segment generation with the KV cache."""
 
     steps: list[int] = key(lambda: [1000, 750, 500, 250], help="denoising steps before the shift warps them")
+    first_steps: list[int] = key(
+        list, help="denoising steps of the first segment, which has nothing to attend to; empty: those of steps"
+    )
+    total_frames: int = key(
+        0, help="latent frames of a training rollout; the last video.latent_frames are scored; 0: no more than those"
+    )
     exit_groups: int = key(1, help="independent exit-step draws a global batch is split into")
     kv_grad: str = key(
         "detached",
@@ -162,6 +172,12 @@ class Dmd:
     guidance: float = key(3.0, help="g in real = cond + g (cond - uncond); CFG weight g + 1")
     min_timestep: float = key(20.0, help="smallest timestep at which the scores are compared")
     max_timestep: float = key(980.0, help="largest timestep at which the scores are compared")
+    score_schedule: str = key(
+        "none",
+        help="none: scores are compared at any timestep; lower: none cleaner than what the rollout's exit step leaves; "
+        "both: in the exit step's own interval",
+        choices=("none", "lower", "both"),
+    )
     critic_updates: int = key(5, help="critic updates after each generator update")
     critic_optimizer: Optimizer = key(lambda: Optimizer(lr=4e-7), help="AdamW of the critic")
 
@@ -203,12 +219,22 @@ class Consistency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ode:
+    """Causal ODE distillation (stage kind ode): the AR teacher's trajectories from noise to video."""
+
+    points: int = key(48, help="Euler steps; rollout.steps must lie on this grid, their states are kept")
+    guidance: float = key(6.0, help="w in v = uncond + w (cond - uncond) of the AR teacher")
+    shard_size: int = key(64, help="trajectories a file: what is lost when the making is killed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of the pipeline; stages run in the order they are written."""
 
     kind: str = key(
-        help="what is trained: bidirectional teacher, teacher-forced AR teacher, few-step consistency, dmd",
-        choices=("bidirectional", "teacher_forcing", "consistency", "dmd"),
+        help="what is trained: bidirectional teacher; AR teacher that sees the past clean (teacher_forcing) or at its "
+        "own noise levels (diffusion_forcing); few-step start by consistency or by ode; dmd",
+        choices=("bidirectional", "teacher_forcing", "diffusion_forcing", "consistency", "ode", "dmd"),
     )
     parent: str = key(
         "", help="earlier stage, or entry of weights, that the trained network starts from; empty: random weights"
@@ -222,6 +248,10 @@ class Stage:
     optimizer: Optimizer = key(help="AdamW of the trained network (kind dmd: the generator)")
     ema: Ema = key(Ema, help="moving average of the trained network; kind consistency: its target")
     prompt_dropout: float = key(0.0, help="fraction of samples trained on the empty prompt, which guidance needs")
+    trajectories: int = key(0, help="trajectories that an ode stage makes of its parent first; 0: data.ode_pairs")
+    context_noise: float = key(
+        0.0, help="highest unshifted timestep, of 1000, that teacher forcing noises the past to; 0 keeps it clean"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +326,8 @@ class Recipe:
     rollout: Rollout = key(Rollout, help="causal rollout")
     dmd: Dmd = key(Dmd, help="distribution matching")
     foresight: Foresight = key(Foresight, help="foresight distillation")
-    consistency: Consistency = key(Consistency, help="few-step initialisation")
+    consistency: Consistency = key(Consistency, help="few-step start by consistency distillation")
+    ode: Ode = key(Ode, help="few-step start by ODE distillation")
     stages: dict[str, Stage] = key(help="the pipeline, in order")
     parallel: Parallel = key(Parallel, help="sharding and precision")
     checkpoint: Checkpoint = key(help="checkpoints")

@@ -22,6 +22,7 @@ from mirai_dist.evaluate.report import Provenance, StageCurves, Timing, read_ser
 CURVES = {
     "loss/flow": "flow-matching loss",
     "loss/consistency": "consistency loss",
+    "loss/ode": "ODE distillation loss",
     "loss/dmd": "DMD loss",
     "dmd_gradient": "mean |DMD gradient|",
     "loss/critic": "critic loss",

@@ -35,6 +35,8 @@ def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
         "text": f"{recipe.text.encoder} {recipe.text.path}".strip(),
         "starts": _starts(recipe),
         "denoising timesteps": list(warped_steps(recipe.rollout.steps, recipe.flow.shift)),
+        "first segment's timesteps": list(warped_steps(recipe.rollout.first_steps, recipe.flow.shift)) or "the same",
+        "rollout frames": recipe.rollout.total_frames or recipe.video.latent_frames,
         "segments": recipe.video.latent_frames // recipe.video.frames_per_segment,
         "foresight": {
             "generator blocks": captured_blocks(recipe.generator.blocks, depth, arithmetic),

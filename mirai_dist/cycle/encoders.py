@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mirai_dist.config import schema
 from mirai_dist.config.error import FileError, RecipeError
+from mirai_dist.data.clips import open_clips
 from mirai_dist.data.conditions import Conditions, Encoded, Encoder
 from mirai_dist.data.embeddings import EmbeddingStore
+from mirai_dist.data.latents import LatentStore
+from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.data.world import World
 from mirai_dist.models.text import VocabularyEncoder
@@ -34,12 +40,85 @@ def text_of(recipe: schema.Recipe, device: torch.device) -> Encoder:
     return encoder
 
 
-def conditions_of(recipe: schema.Recipe, captions: World | PromptFile, device: torch.device) -> Conditions:
-    """Captions with their embeddings, encoded when they are asked for, or read from the store of that prompt file."""
+CaptionSource = World | PromptFile | LatentStore | LmdbClips
+
+
+def conditions_of(recipe: schema.Recipe, captions: CaptionSource, device: torch.device) -> Conditions:
+    """Captions with their embeddings, encoded when they are asked for, or read from a store of embeddings.
+
+    That of data.prompts is text.path; that of a store of latents is its folder `embeddings`.
+    """
     if recipe.text.encoder != "store":
         return Encoded(captions, text_of(recipe, device))
-    assert isinstance(captions, PromptFile)  # a rule refuses a store for the world's captions
-    return EmbeddingStore(Path(recipe.text.path), recipe.text.length, captions, dim=recipe.text.dim)
+    if isinstance(captions, PromptFile):
+        return EmbeddingStore(Path(recipe.text.path), recipe.text.length, captions, dim=recipe.text.dim)
+    if isinstance(captions, LmdbClips):
+        what = "an LMDB has no embedding store: `mirai data convert --to mirai` it, then `mirai data embed` its prompts"
+        raise FileError(captions.path, what)
+    assert isinstance(captions, LatentStore)  # a rule refuses a store for the world's captions
+    own = captions.path / "embeddings"
+    if not own.exists():
+        what = f"has no embeddings: mirai data embed {captions.prompts.path} --encoder FOLDER --out {own}"
+        raise FileError(captions.path, what)
+    return EmbeddingStore(own, recipe.text.length, captions.prompts, dim=recipe.text.dim)
+
+
+@dataclass(frozen=True)
+class WorldClips:
+    """Clips of the procedural world, encoded when they are asked for."""
+
+    world: World
+    vae: Vae
+    device: torch.device
+
+    @property
+    def size(self) -> int | None:
+        return self.world.size
+
+    @property
+    def captions_source(self) -> World:
+        return self.world
+
+    def latents(self, numbers: Sequence[int]) -> Tensor:
+        """[B, F, C, H, W] float32, on the device."""
+        return self.vae.encode(self.world.clips(numbers).to(self.device))
+
+
+@dataclass(frozen=True)
+class StoredClips:
+    """Clean latents of a data set."""
+
+    store: LatentStore | LmdbClips
+
+    @property
+    def size(self) -> int:
+        return self.store.size
+
+    @property
+    def captions_source(self) -> LatentStore | LmdbClips:
+        return self.store
+
+    def latents(self, numbers: Sequence[int]) -> Tensor:
+        """[B, F, C, H, W] float32."""
+        return self.store.latents(numbers).float()
+
+
+def clips_of(recipe: schema.Recipe, device: torch.device) -> WorldClips | StoredClips:
+    """What stages train on that need clips. FileError when a data set's latents are not of the recipe's shape."""
+    if not recipe.data.latents:
+        return WorldClips(World(recipe.world, recipe.video, recipe.seed), vae_of(recipe, device), device)
+    store = open_clips(Path(recipe.data.latents))
+    check_shape(store, recipe)
+    return StoredClips(store)
+
+
+def check_shape(store: LatentStore | LmdbClips, recipe: schema.Recipe) -> None:
+    """FileError when the data set's latents are not those of the recipe's video."""
+    video = recipe.video
+    wanted = (video.latent_frames, video.channels, video.latent_height, video.latent_width)
+    if tuple(store.shape[-4:]) != wanted:
+        what = f"holds latents of {list(store.shape[-4:])} (frames, channels, rows, columns), the recipe's video has"
+        raise FileError(store.path, f"{what} {list(wanted)}; change the section video, or take other data")
 
 
 def sharded(conditions: Conditions, recipe: schema.Recipe, engine: FsdpEngine) -> Conditions:

@@ -38,7 +38,7 @@ class Gallery:
         """What the stage has trained: its moving average where it keeps one."""
         role = next(iter(stage.roles.values()))
         studio = Studio(stage.run, SHOWN)
-        sample = studio.teacher_samples if stage.stage.kind == "bidirectional" else studio.generator_samples
+        sample = studio.sampler(stage.stage.kind)
         with role.average.swapped(role.network) if role.average else nullcontext():
             pixels = sample(role)
         stage.run.engine.release(role.network)

@@ -6,27 +6,45 @@ Every phase declares the roles it may change (`CHANGES`); tests digest all netwo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mirai_dist.cycle.roles import Role, causal, features_of, teacher_forced, velocity_of
+from mirai_dist.cycle.roles import (
+    Role,
+    causal,
+    features_of,
+    noised_context,
+    segment_causal,
+    teacher_forced,
+    velocity_of,
+)
 from mirai_dist.method import foresight as foresight_method
 from mirai_dist.method.consistency import ConsistencyNetworks, Neighbours, consistency_loss
 from mirai_dist.method.critic import critic_loss
-from mirai_dist.method.dmd import Conditioning, dmd_loss, noised, score_difference, score_timestep
+from mirai_dist.method.dmd import Conditioning, dmd_loss, noised, score_difference, score_draws, score_timestep
 from mirai_dist.method.flow import euler_grid, shifted
-from mirai_dist.method.rollout import RolloutInputs, rollout
-from mirai_dist.method.teacher_forcing import bidirectional_loss, teacher_forcing_loss
+from mirai_dist.method.ode import OdePairs, ode_loss
+from mirai_dist.method.rollout import RolloutInputs, rollout, scored_clip
+from mirai_dist.method.teacher_forcing import (
+    Levels,
+    bidirectional_loss,
+    context_timestep,
+    diffusion_forcing_loss,
+    noised_context_loss,
+    teacher_forcing_loss,
+)
 
 if TYPE_CHECKING:
-    from mirai_dist.cycle.stages import ConsistencyStage, DmdStage, FlowStage, Moment, Stage
+    from mirai_dist.cycle.stages import ConsistencyStage, DmdStage, FlowStage, Moment, OdeStage, Stage
 
 CHANGES = {
     "bidirectional": ("teacher",),
     "teacher_forcing": ("generator",),
+    "diffusion_forcing": ("generator",),
     "consistency": ("generator", "target"),
+    "ode": ("generator",),
     "generator": ("generator", "predictor"),
     "critic": ("critic",),
     "replay": ("predictor",),
@@ -61,11 +79,11 @@ def generator_update(stage: DmdStage, at: Moment) -> None:
 
     def loss_of(samples: list[int]) -> Tensor:
         text = stage.run.encode(numbers, samples)
-        latents, states = _rollout(stage, at, samples, text, capture)
+        rolled = _rollout(stage, at, samples, text, capture)
         with stage.ledger.phase("scores"):
-            loss = _distribution_matching(stage, at, samples, latents, text)
+            loss = _distribution_matching(stage, at, samples, rolled, text)
         if stage.foresight_is_on:
-            loss = loss + stage.recipe.foresight.weight * _foresight(stage, samples, latents, states, text)
+            loss = loss + stage.recipe.foresight.weight * _foresight(stage, samples, rolled, text)
         return loss
 
     update(stage, "generator", roles, batch, loss_of)
@@ -78,11 +96,11 @@ def critic_update(stage: DmdStage, at: Moment) -> None:
     def loss_of(samples: list[int]) -> Tensor:
         text = stage.run.encode(numbers, samples)
         with torch.no_grad():
-            latents, _ = _rollout(stage, at, samples, text, capture=0)
+            rolled = _rollout(stage, at, samples, text, capture=0)
         with stage.ledger.phase("critic"):
-            timesteps = _score_timesteps(stage, at, samples)
-            noise = stage.normal("critic/noise", at, samples, latents.shape[1:])
-            loss = critic_loss(velocity_of(stage.critic.network), latents, noise, timesteps, text)
+            timesteps = _score_timesteps(stage, at, samples, rolled.exit_step)
+            noise = stage.normal("critic/noise", at, samples, rolled.latents.shape[1:])
+            loss = critic_loss(velocity_of(stage.critic.network), rolled.latents, noise, timesteps, text)
         stage.metrics.add("loss/critic", loss)
         return loss
 
@@ -107,26 +125,34 @@ def replay_update(stage: DmdStage) -> None:
 def flow_update(stage: FlowStage, at: Moment) -> None:
     """One flow-matching update of a teacher, bidirectional or teacher-forced."""
     batch, numbers = stage.take("data")
-    recipe, segment = stage.recipe, stage.recipe.video.frames_per_segment
 
     def loss_of(samples: list[int]) -> Tensor:
         with stage.ledger.phase("data"):
             clean, text = stage.run.clean_latents(numbers, samples), _prompts(stage, at, numbers, samples)
             noise = stage.normal("noise", at, samples, clean.shape[1:])
         with stage.ledger.phase("forward"):
-            if stage.stage.kind == "bidirectional":
-                draws = [stage.run.draws.uniform(stage.purpose("timestep"), *at, s) for s in samples]
-                stage.timesteps += [shifted(1.0 - u, recipe.flow.shift) for u in draws]
-                timesteps = torch.tensor(stage.timesteps[-len(samples) :], device=clean.device)
-                loss = bidirectional_loss(velocity_of(stage.trained.network), clean, noise, timesteps, text)
-            else:
-                timesteps = _segment_timesteps(stage, at, samples)
-                network = teacher_forced(stage.trained.network, segment)
-                loss = teacher_forcing_loss(network, clean, noise, timesteps, text, recipe.flow.shift)
+            loss = _flow_loss(stage, at, samples, clean, noise, text)
         stage.metrics.add("loss/flow", loss)
         return loss
 
     update(stage, stage.stage.kind, [stage.trained], batch, loss_of)
+
+
+def _flow_loss(stage: FlowStage, at: Moment, samples: list[int], clean: Tensor, noise: Tensor, text: Tensor) -> Tensor:
+    kind, network = stage.stage.kind, stage.trained.network
+    shift, segment = stage.recipe.flow.shift, stage.recipe.video.frames_per_segment
+    if kind == "bidirectional":
+        draws = [stage.run.draws.uniform(stage.purpose("timestep"), *at, s) for s in samples]
+        stage.timesteps += [shifted(1.0 - u, shift) for u in draws]
+        timesteps = torch.tensor(stage.timesteps[-len(samples) :], device=clean.device)
+        return bidirectional_loss(velocity_of(network), clean, noise, timesteps, text)
+    timesteps = _segment_timesteps(stage, at, samples)
+    if kind == "diffusion_forcing":
+        return diffusion_forcing_loss(segment_causal(network, segment), clean, noise, timesteps, text, shift)
+    if not stage.stage.context_noise:
+        return teacher_forcing_loss(teacher_forced(network, segment), clean, noise, timesteps, text, shift)
+    levels = Levels(timesteps, _context_timesteps(stage, at, samples))
+    return noised_context_loss(noised_context(network, segment), clean, noise, levels, text, shift)
 
 
 def consistency_update(stage: ConsistencyStage, at: Moment) -> None:
@@ -156,45 +182,83 @@ def consistency_update(stage: ConsistencyStage, at: Moment) -> None:
     stage.refresh_target()
 
 
-def _rollout(
-    stage: DmdStage, at: Moment, samples: list[int], text: Tensor, capture: int
-) -> tuple[Tensor, list[Tensor]]:
-    steps, video = len(stage.rollout.timesteps), stage.recipe.video
-    shape = (steps + 1, video.latent_frames, video.channels, video.latent_height, video.latent_width)
+def ode_update(stage: OdeStage, at: Moment) -> None:
+    """One update on trajectories: from a state drawn for each sample to the end of its trajectory."""
+    batch, numbers = stage.take("data")
+    pairs, segment = stage.pairs, stage.recipe.video.frames_per_segment
+    velocity = teacher_forced(stage.trained.network, segment)
+
+    def network(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, None]:
+        return velocity(latent, timesteps, text, clean), None
+
+    def loss_of(samples: list[int]) -> Tensor:
+        with stage.ledger.phase("data"):
+            states = pairs.states([numbers[s] for s in samples]).to(stage.run.draws.device)
+            text = stage.run.encode(numbers, samples)
+        draws = [stage.run.draws.integer(stage.purpose("state"), *at, s, len(pairs.timesteps)) for s in samples]
+        stage.timesteps += [pairs.timesteps[i] for i in draws]
+        with stage.ledger.phase("forward"):
+            index = torch.tensor(draws, device=states.device)
+            found = OdePairs(states, tuple(pairs.timesteps))
+            loss, _ = ode_loss(network, found, index, text)
+        stage.metrics.add("loss/ode", loss)
+        return loss
+
+    update(stage, "ode", [stage.trained], batch, loss_of)
+
+
+class Rolled(NamedTuple):
+    """A rollout as it is scored: latents [B, F, C, H, W], captured states a segment, exit step of all segments but a
+    first one with its own list, and the frames [F] that get gradient (None: all)."""
+
+    latents: Tensor
+    states: list[Tensor]
+    exit_step: int
+    trained: Tensor | None
+
+
+def _rollout(stage: DmdStage, at: Moment, samples: list[int], text: Tensor, capture: int) -> Rolled:
+    video, total = stage.recipe.video, stage.total_frames
+    shape = (stage.rollout.noises, total, video.channels, video.latent_height, video.latent_width)
     noise = stage.normal("rollout", at, samples, shape).transpose(0, 1)
-    exit_step = stage.exit_step(at, samples)
+    exit_step, first_exit = stage.exit_steps(at, samples)
     stage.metrics.add("exit_step", float(exit_step))
     with stage.ledger.phase("rollout"):
-        inputs = RolloutInputs(noise, text, exit_step, capture)
-        return rollout(causal(stage.generator.network), stage.rollout, inputs, stage.cache(len(samples)))
+        inputs = RolloutInputs(
+            noise, text, exit_step, capture, first_exit_step=first_exit, gradient_from=total - video.latent_frames
+        )
+        cache = stage.cache(len(samples))
+        latents, states = rollout(causal(stage.generator.network), stage.rollout, inputs, cache)
+        clip = scored_clip(latents, video.latent_frames, video.frames_per_segment, stage.run.as_image)
+    return Rolled(clip.latents, states, exit_step, clip.gradient_mask)
 
 
-def _distribution_matching(stage: DmdStage, at: Moment, samples: list[int], latents: Tensor, text: Tensor) -> Tensor:
-    timesteps = _score_timesteps(stage, at, samples)
+def _distribution_matching(stage: DmdStage, at: Moment, samples: list[int], rolled: Rolled, text: Tensor) -> Tensor:
+    latents, timesteps = rolled.latents, _score_timesteps(stage, at, samples, rolled.exit_step)
     noisy = noised(latents, stage.normal("score/noise", at, samples, latents.shape[1:]), timesteps)
     scores = (velocity_of(stage.teacher.network), velocity_of(stage.critic.network))
     prompts = Conditioning(text, stage.run.negative)
     gradient = score_difference(latents, noisy, timesteps, prompts, scores, stage.recipe.dmd.guidance)
-    loss = dmd_loss(latents, gradient)
+    loss = dmd_loss(latents, gradient, rolled.trained)
     stage.metrics.add("loss/dmd", loss)
     stage.metrics.add("dmd_gradient", gradient.abs().mean())
     return loss
 
 
-def _foresight(stage: DmdStage, samples: list[int], latents: Tensor, states: list[Tensor], text: Tensor) -> Tensor:
+def _foresight(stage: DmdStage, samples: list[int], rolled: Rolled, text: Tensor) -> Tensor:
     assert stage.predictor is not None
-    settings, segments = stage.recipe.foresight, len(states)
+    settings, segments = stage.recipe.foresight, len(rolled.states)
     causal_frames = stage.recipe.video.frames_per_segment if settings.encoder_attention == "causal" else 0
     with stage.ledger.phase("encoder"):
         encode = features_of(stage.teacher.network, stage.encoder_blocks, causal_frames)
         targets = foresight_method.fuse_targets(
-            encode(latents.detach(), text), segments, settings.offsets, stage.arithmetic
+            encode(rolled.latents.detach(), text), segments, settings.offsets, stage.arithmetic
         )
     if settings.targets == "shuffled":
         targets = targets.roll(1, dims=0)
     with stage.ledger.phase("predictor"):
         supervised = foresight_method.supervised_segments(segments, settings.offsets)
-        pairs = torch.stack([states[i] for i in supervised], dim=1)
+        pairs = torch.stack([rolled.states[i] for i in supervised], dim=1)
         loss, cosine = foresight_method.foresight_loss(stage.predictor.network, pairs, targets, stage.arithmetic)
     stage.replay.store(samples, pairs, targets)
     stage.metrics.add("loss/foresight", loss)
@@ -202,9 +266,10 @@ def _foresight(stage: DmdStage, samples: list[int], latents: Tensor, states: lis
     return loss
 
 
-def _score_timesteps(stage: DmdStage, at: Moment, samples: list[int]) -> Tensor:
+def _score_timesteps(stage: DmdStage, at: Moment, samples: list[int], exit_step: int) -> Tensor:
     dmd, shift = stage.recipe.dmd, stage.recipe.flow.shift
-    draws = [stage.run.draws.integer(stage.purpose("score/timestep"), *at, s, 1000) for s in samples]
+    among = score_draws(stage.recipe.rollout.steps, exit_step, dmd.score_schedule)
+    draws = [among[stage.run.draws.integer(stage.purpose("score/timestep"), *at, s, len(among))] for s in samples]
     values = [score_timestep(u, shift, dmd.min_timestep, dmd.max_timestep) for u in draws]
     stage.timesteps += values
     return torch.tensor(values, device=stage.run.draws.device)
@@ -221,6 +286,20 @@ def _segment_timesteps(stage: FlowStage, at: Moment, samples: list[int]) -> Tens
             per_segment += [shifted(1.0 - u, stage.recipe.flow.shift)] * video.frames_per_segment
         rows.append(per_segment)
         stage.timesteps += per_segment[:: video.frames_per_segment]
+    return torch.tensor(rows, device=stage.run.draws.device)
+
+
+def _context_timesteps(stage: FlowStage, at: Moment, samples: list[int]) -> Tensor:
+    """Timesteps [B, F] of the past in teacher forcing, one independent draw a segment."""
+    video, highest, shift = stage.recipe.video, stage.stage.context_noise, stage.recipe.flow.shift
+
+    def level(sample: int, segment: int) -> float:
+        return context_timestep(
+            stage.run.draws.uniform(stage.purpose(f"context/{segment}"), *at, sample), highest, shift
+        )
+
+    segments = range(video.latent_frames // video.frames_per_segment)
+    rows = [[level(s, i) for i in segments for _ in range(video.frames_per_segment)] for s in samples]
     return torch.tensor(rows, device=stage.run.draws.device)
 
 

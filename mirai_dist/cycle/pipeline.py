@@ -20,14 +20,25 @@ import torch
 from mirai_dist.config import Resolved, schema
 from mirai_dist.config.digest import digest
 from mirai_dist.cycle.cycle import Loop
-from mirai_dist.cycle.encoders import conditions_of, sharded
+from mirai_dist.cycle.encoders import (
+    CaptionSource,
+    WorldClips,
+    check_shape,
+    clips_of,
+    conditions_of,
+    open_clips,
+    sharded,
+)
 from mirai_dist.cycle.gallery import Gallery
 from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import STAGES, Run, Stage
 from mirai_dist.cycle.starts import starts_of
+from mirai_dist.cycle.trajectories import Making, make
 from mirai_dist.cycle.watch import Watch
+from mirai_dist.data.arrays import Part
+from mirai_dist.data.latents import STORE, LatentStore
+from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.prompts import PromptFile
-from mirai_dist.data.world import World as VideoWorld
 from mirai_dist.observe.console import Console
 from mirai_dist.observe.sinks import Sinks
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
@@ -75,18 +86,42 @@ def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
 
 def make_run(job: Job, place: Place) -> Run:
     """Engine, keyed randomness, and what samples are conditioned on, for one job."""
-    recipe, ranks = job.recipe, place.ranks
+    recipe, ranks, kind = job.recipe, place.ranks, job.recipe.stages[job.stage].kind
     engine = FsdpEngine(build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type), ranks.device)
-    world = None if recipe.data.prompts else VideoWorld(recipe.world, recipe.video, recipe.seed)
+    pairs = open_pairs(job, place) if kind == "ode" else None
+    clips = clips_of(recipe, ranks.device) if kind != "ode" and needs_clips(recipe, kind) else None
+    captions: CaptionSource = pairs or (clips.captions_source if clips else PromptFile(Path(recipe.data.prompts)))
     return Run(
         recipe,
         ranks.world_size,
         ranks.rank,
         engine,
         Draws(job.seed, ranks.device),
-        sharded(conditions_of(recipe, world or PromptFile(Path(recipe.data.prompts)), ranks.device), recipe, engine),
-        world,
+        sharded(conditions_of(recipe, captions, ranks.device), recipe, engine),
+        clips.world if isinstance(clips, WorldClips) else None,
+        clips,
+        pairs,
     )
+
+
+def needs_clips(recipe: schema.Recipe, kind: str) -> bool:
+    """Whether a stage reads clips, or at least their captions: a dmd stage where it has no prompts of its own."""
+    return kind != "dmd" or not recipe.data.prompts
+
+
+def open_pairs(job: Job, place: Place) -> LatentStore | LmdbClips:
+    """The trajectories of an ode stage; made first, every rank its share, where the recipe has none."""
+    if job.recipe.data.ode_pairs:
+        store = open_clips(Path(job.recipe.data.ode_pairs))
+        check_shape(store, job.recipe)
+        return store
+    making = Making(job.recipe, job.stage, place.run_dir)
+    if (making.folder / STORE).exists():
+        return LatentStore(making.folder)
+    torch.distributed.barrier()  # all have looked before anybody seals it
+    make(making, Part(place.ranks.rank, place.ranks.world_size), place.ranks.device, place.console)
+    torch.distributed.barrier()  # whoever came last has sealed it
+    return LatentStore(making.folder)
 
 
 def train(job: Job, place: Place) -> None:

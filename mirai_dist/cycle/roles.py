@@ -13,7 +13,7 @@ from mirai_dist.config import schema
 from mirai_dist.method.dmd import Velocity
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.rollout import Past, RolloutSettings, SegmentNetwork
-from mirai_dist.method.teacher_forcing import TeacherForcedNetwork
+from mirai_dist.method.teacher_forcing import NoisedContextNetwork, SegmentCausalNetwork, TeacherForcedNetwork
 from mirai_dist.models import predictor as predictor_model
 from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput, WanShape
 from mirai_dist.models.wan import model as wan_model
@@ -151,6 +151,7 @@ def rollout_settings(recipe: schema.Recipe) -> RolloutSettings:
         frames_per_segment=recipe.video.frames_per_segment,
         context_timestep=recipe.rollout.context_timestep,
         leaky=recipe.rollout.kv_grad == "leaky",
+        first_timesteps=warped_steps(recipe.rollout.first_steps, recipe.flow.shift),
     )
 
 
@@ -191,6 +192,33 @@ def teacher_forced(network: nn.Module, segment_frames: int) -> TeacherForcedNetw
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor:
         return _velocity(network(latent, timesteps, text, clean=clean, segment_frames=segment_frames))
+
+    return velocity
+
+
+def noised_context(network: nn.Module, segment_frames: int) -> NoisedContextNetwork:
+    """A network as an AR model that sees earlier segments slightly noised."""
+
+    def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, context: Tensor, context_timesteps: Tensor) -> Tensor:
+        return _velocity(
+            network(
+                latent,
+                timesteps,
+                text,
+                clean=context,
+                clean_timesteps=context_timesteps,
+                segment_frames=segment_frames,
+            )
+        )
+
+    return velocity
+
+
+def segment_causal(network: nn.Module, segment_frames: int) -> SegmentCausalNetwork:
+    """A network as an AR model that sees earlier segments at their own noise levels."""
+
+    def velocity(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return _velocity(network(latent, timesteps, text, segment_frames=segment_frames))
 
     return velocity
 

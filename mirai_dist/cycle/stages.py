@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mirai_dist.config import schema
+from mirai_dist.config import FileError, schema
 from mirai_dist.config.rules import accumulation
 from mirai_dist.cycle import phases
-from mirai_dist.cycle.encoders import vae_of
+from mirai_dist.cycle.encoders import StoredClips, WorldClips, vae_of
 from mirai_dist.cycle.roles import Builder, Fill, Role, Training, kv_cache, rollout_settings
 from mirai_dist.cycle.starts import Started, Starts, fill
 from mirai_dist.data.conditions import Conditions
+from mirai_dist.data.latents import LatentStore
+from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.world import World
+from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.replay import ReplayCache
+from mirai_dist.method.rollout import kept_frames
 from mirai_dist.models.vae import Vae
 from mirai_dist.models.wan import KVCache
 from mirai_dist.observe.ledger import Ledger
@@ -45,7 +49,8 @@ class Moment(NamedTuple):
 class Run:
     """What all stages of a run share: recipe, ranks, engine, keyed randomness, what samples are conditioned on.
 
-    world: the procedural world that clips come from; None where prompts come from a file.
+    world: the procedural world, where clips and captions come from it. clips: clean latents, for stages that need
+    them. pairs: trajectories, for ode stages.
     """
 
     recipe: schema.Recipe
@@ -54,7 +59,9 @@ class Run:
     engine: FsdpEngine
     draws: Draws
     conditions: Conditions
-    world: World | None
+    world: World | None = None
+    clips: WorldClips | StoredClips | None = None
+    pairs: LatentStore | LmdbClips | None = None
 
     @cached_property
     def vae(self) -> Vae:
@@ -70,11 +77,14 @@ class Run:
         """Prompt embeddings [len(samples), length, dim] of entries numbers[sample], on the device."""
         return self.conditions.embed([numbers[s] for s in samples]).to(self.draws.device)
 
+    def as_image(self, latents: Tensor) -> Tensor:
+        """Latents [B, 1, C, H, W] of the last picture that latents [B, F, C, H, W] decode to, as a first frame's."""
+        return self.vae.encode(self.vae.decode(latents)[:, -1:])
+
     def clean_latents(self, numbers: Sequence[int], samples: Sequence[int]) -> Tensor:
-        """Encoded clips [len(samples), F, C, H, W] of world entries numbers[sample], on the device."""
-        assert self.world is not None  # a rule refuses stages that need clips where there are none
-        clips = self.world.clips([numbers[s] for s in samples]).to(self.draws.device)
-        return self.vae.encode(clips)
+        """Clean latents [len(samples), F, C, H, W] of entries numbers[sample], on the device."""
+        assert self.clips is not None  # a rule refuses stages that need clips where there are none
+        return self.clips.latents([numbers[s] for s in samples]).to(self.draws.device)
 
 
 class Stage(ABC):
@@ -180,7 +190,7 @@ class Stage(ABC):
 
 
 class FlowStage(Stage):
-    """Flow matching of a teacher: kind bidirectional or teacher_forcing."""
+    """Flow matching of a teacher: kind bidirectional, teacher_forcing or diffusion_forcing."""
 
     def __init__(self, name: str, run: Run, starts: Starts) -> None:
         super().__init__(name, run, starts)
@@ -229,6 +239,37 @@ class ConsistencyStage(Stage):
 
     def after_load(self, samples: dict[str, dict[int, Tensor]]) -> None:
         self.refresh_target()
+
+
+class OdeStage(Stage):
+    """Causal ODE distillation of the AR teacher, from its trajectories, into the few-step start of the generator."""
+
+    def __init__(self, name: str, run: Run, starts: Starts) -> None:
+        super().__init__(name, run, starts)
+        builder = Builder(self.recipe, run.engine, run.draws)
+        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
+        self.trained = builder.wan("generator", self.recipe.generator, training, self.fill("parent"))
+        assert run.pairs is not None
+        self.pairs = run.pairs
+        self._refuse_other_steps()
+
+    def _refuse_other_steps(self) -> None:
+        wanted = warped_steps(self.recipe.rollout.steps, self.recipe.flow.shift)
+        found = self.pairs.timesteps
+        if not self.pairs.truth or len(found) != len(wanted) or any(
+            abs(one - other) > 0.5 for one, other in zip(found, wanted, strict=True)
+        ):
+            what = f"holds states at timesteps {[round(t, 1) for t in found]}"
+            what += "" if self.pairs.truth else " and no ground truth, which is the context of causal ODE distillation"
+            wish = f"rollout.steps at flow.shift are {[round(t, 1) for t in wanted]}"
+            raise FileError(self.pairs.path, f"{what}; {wish}: change those, or make other trajectories")
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {"generator": self.trained}
+
+    def step(self) -> None:
+        phases.ode_update(self, Moment(self.cycle, self.position))
 
 
 class DmdStage(Stage):
@@ -280,20 +321,36 @@ class DmdStage(Stage):
         """Whether this cycle trains with foresight: it may begin in the last part of the stage."""
         return self.predictor is not None and self.cycle >= self.recipe.foresight.start_cycle
 
-    def exit_step(self, at: Moment, samples: Sequence[int]) -> int:
-        """Exit step of a micro-batch: one draw for each of `exit_groups` blocks of the global batch.
+    @property
+    def total_frames(self) -> int:
+        """Latent frames of a rollout, of which the last `video.latent_frames` are scored."""
+        return self.recipe.rollout.total_frames or self.recipe.video.latent_frames
+
+    def exit_steps(self, at: Moment, samples: Sequence[int]) -> tuple[int, int | None]:
+        """Exit step of a micro-batch, and of the first segment where it has its own list: one draw for each of
+        `exit_groups` blocks of the global batch.
 
         All ranks run the same micro-batch of a group, so they run the same number of passes.
         """
         group = samples[0] * self.recipe.rollout.exit_groups // self.layout.global_size
-        return self.run.draws.integer(self.purpose("exit"), *at, group, len(self.rollout.timesteps))
+        first = len(self.rollout.first_timesteps)
+        return (
+            self.run.draws.integer(self.purpose("exit"), *at, group, len(self.rollout.timesteps)),
+            self.run.draws.integer(self.purpose("first_exit"), *at, group, first) if first else None,
+        )
 
     def cache(self, batch: int) -> KVCache:
         """The KV cache for this batch size; allocated once and reused by every rollout."""
         if batch not in self._caches:
-            frames = self.recipe.video.latent_frames
-            self._caches[batch] = kv_cache(self.recipe, batch, frames, self.run.draws.device)
+            self._caches[batch] = kv_cache(self.recipe, batch, self._kept_frames(), self.run.draws.device)
         return self._caches[batch]
+
+    def _kept_frames(self) -> int:
+        """Frames of a rollout that a cache is made for: what backward reads, without copies (method/rollout.py)."""
+        rollout, video = self.recipe.rollout, self.recipe.video
+        length = video.frames_per_segment
+        window = rollout.window_frames - length if rollout.window_frames else 0
+        return kept_frames(self.total_frames, video.latent_frames, length, window, rollout.sink_frames) + length
 
     def saved_samples(self) -> dict[str, dict[int, Tensor]]:
         return {"replay_states": self.replay.states, "replay_targets": self.replay.targets}
@@ -303,9 +360,11 @@ class DmdStage(Stage):
         self.replay.targets = dict(samples["replay_targets"])
 
 
-STAGES: dict[str, type[FlowStage] | type[ConsistencyStage] | type[DmdStage]] = {
+STAGES: dict[str, type[FlowStage] | type[ConsistencyStage] | type[OdeStage] | type[DmdStage]] = {
     "bidirectional": FlowStage,
     "teacher_forcing": FlowStage,
+    "diffusion_forcing": FlowStage,
     "consistency": ConsistencyStage,
+    "ode": OdeStage,
     "dmd": DmdStage,
 }

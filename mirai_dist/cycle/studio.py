@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mirai_dist.config.kinds import PRODUCES
 from mirai_dist.cycle.roles import Builder, Role, causal, kv_cache, rollout_settings, teacher_forced, velocity_of
 from mirai_dist.cycle.stages import Run
 from mirai_dist.evaluate.report import Precondition
 from mirai_dist.method.dmd import Conditioning, guided
 from mirai_dist.method.flow import add_noise, clean_from_velocity, euler_grid
 from mirai_dist.method.foresight import PRESETS, captured_blocks
+from mirai_dist.method.ode import Integration, sample
 from mirai_dist.method.rollout import RolloutInputs, rollout
 from mirai_dist.method.sampling import euler_sample
 from mirai_dist.models.wan import Capture
@@ -42,6 +46,12 @@ class Studio:
 
     def text(self, clips: list[int]) -> Tensor:
         return self.run.encode(self.numbers, clips)
+
+    def sampler(self, kind: str) -> Callable[[Role], Tensor]:
+        """How what a stage of this kind has trained is sampled."""
+        if kind == "bidirectional":
+            return self.teacher_samples
+        return self.ar_samples if PRODUCES[kind] == "ar" else self.generator_samples
 
     def generator_samples(self, role: Role) -> Tensor:
         """Pixels [N, T, 3, H, W] of rollouts through all denoising steps, of the clips quality is measured on."""
@@ -76,10 +86,10 @@ class Studio:
         """This rank's clips, and latents of rollouts of them through all denoising steps."""
         recipe, clips = self.recipe, self.own(self.recipe.evaluate.samples)
         video, settings = recipe.video, rollout_settings(recipe)
-        steps = len(settings.timesteps)
-        shape = (steps + 1, video.latent_frames, video.channels, video.latent_height, video.latent_width)
+        last, last_of_first = settings.last_steps
+        shape = (settings.noises, video.latent_frames, video.channels, video.latent_height, video.latent_width)
         noise = self.run.draws.normal("evaluate/rollout", 0, 0, clips, shape).transpose(0, 1)
-        inputs = RolloutInputs(noise, self.text(clips), exit_step=steps - 1)
+        inputs = RolloutInputs(noise, self.text(clips), exit_step=last, first_exit_step=last_of_first)
         cache = kv_cache(recipe, len(clips), video.latent_frames, noise.device, streaming=True)
         latents, _ = rollout(causal(role.network), settings, inputs, cache)
         return clips, latents
@@ -96,6 +106,20 @@ class Studio:
         prompts = Conditioning(self.text(clips), self.run.negative)
         latents = euler_sample(velocity_of(role.network), noise, prompts, grid, recipe.dmd.guidance)
         return self._pixels(clips, latents)
+
+    @torch.no_grad()
+    def ar_samples(self, role: Role) -> Tensor:
+        """Pixels [N, T, 3, H, W] of many-step guided samples of an AR teacher, segment by segment, same clips."""
+        recipe, clips = self.recipe, self.own(self.recipe.evaluate.samples)
+        video = recipe.video
+        shape = (video.latent_frames, video.channels, video.latent_height, video.latent_width)
+        noise = self.run.draws.normal("evaluate/ar", 0, 0, clips, shape)
+        grid = euler_grid(recipe.evaluate.teacher_steps, recipe.flow.shift)
+        settings = Integration(grid, (), video.frames_per_segment, recipe.dmd.guidance + 1.0)
+        whole = replace(recipe, rollout=replace(recipe.rollout, window_frames=0, sink_frames=0))
+        cache = kv_cache(whole, 2 * len(clips), video.latent_frames, noise.device, streaming=True)
+        prompts = Conditioning(self.text(clips), self.run.negative)
+        return self._pixels(clips, sample(causal(role.network), settings, noise, prompts, cache))
 
     @torch.no_grad()
     def readout_states(self, role: Role) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -51,6 +51,7 @@ class Material:
     """Everything sampled: pixels of videos and probe states, by name; arms by (name, seed)."""
 
     teacher: Tensor
+    before: dict[str, Tensor]  # other stages before the few-step start, by what the report calls them
     start: Tensor
     arms: dict[tuple[str, int], Tensor]
     states: dict[tuple[str, int], Tensor]
@@ -68,6 +69,12 @@ def sample_all(resolved: Resolved, place: Place, studio: Studio) -> Material:
     _load(teacher, by_stage[stage.teacher])
     generator = studio.builder.wan("generator", recipe.generator, None)
     states = {(RANDOM, recipe.study.seeds[0]): studio.readout_states(generator)}
+    before = {}
+    for name, job in by_stage.items():
+        kind = recipe.stages[name].kind
+        if name not in (stage.teacher, stage.parent) and kind != "bidirectional":
+            _load(generator, job)
+            before[name.replace("_", " ")] = studio.sampler(kind)(generator)
     _load(generator, by_stage[stage.parent])
     start, history = studio.generator_samples(generator), studio.history_errors(generator)
     arms = {}
@@ -77,7 +84,7 @@ def sample_all(resolved: Resolved, place: Place, studio: Studio) -> Material:
             arms[job.arm, job.seed] = studio.generator_samples(generator)
             states[job.arm, job.seed] = studio.readout_states(generator)
             bar.update(done)
-    return Material(studio.teacher_samples(teacher), start, arms, states, history)
+    return Material(studio.teacher_samples(teacher), before, start, arms, states, history)
 
 
 def _load(role: Role, job: Job) -> None:
@@ -95,6 +102,7 @@ def quality(studio: Studio, material: Material, arms: list[str], seeds: list[int
     columns: list[tuple[str, Tensor]] = [
         (GROUND_TRUTH, truth),
         (TEACHER, material.teacher),
+        *material.before.items(),
         (START, material.start),
         *((arm, material.arms[arm, seed]) for arm in arms for seed in seeds),
     ]
@@ -167,7 +175,8 @@ def report(resolved: Resolved, place: Place) -> None:
         place.console.say("no dmd stage: nothing to compare, no report")
         return
     started = time.time()
-    run = make_run(every[0], place)
+    # what is measured is the same for all seeds: the recipe's own seed draws it
+    run = make_run(replace(next(job for job in every if job.arm), seed=resolved.recipe.seed), place)
     measured = measure_world(resolved, place, run) if run.world else sample_prompts(resolved, place, run)
     if place.ranks.rank != 0:
         return
@@ -177,7 +186,7 @@ def report(resolved: Resolved, place: Place) -> None:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         treatment=arms[min(1, len(arms) - 1)],
         baseline=arms[0],
-        order=[GROUND_TRUTH, TEACHER, START, *arms, RANDOM, COPY],
+        order=[GROUND_TRUTH, TEACHER, *measured.before, START, *arms, RANDOM, COPY],
         seeds=list(recipe.study.seeds),
         provenance=account.provenance(resolved, every, time.time() - started),
         quality=measured.quality,
@@ -201,6 +210,7 @@ class Measured:
     quality: list[page.QualityRow]
     probe: page.ProbeResult | None
     videos: page.VideoTable | None
+    before: tuple[str, ...] = ()  # names of stages before the few-step start
 
 
 def measure_world(resolved: Resolved, place: Place, run: Run) -> Measured:
@@ -218,11 +228,12 @@ def measure_world(resolved: Resolved, place: Place, run: Run) -> Measured:
     columns = {
         GROUND_TRUTH: run.world.clips(studio.numbers[:SHOWN]),
         TEACHER: material.teacher,
+        **material.before,
         START: material.start,
         **{arm: material.arms[arm, seeds[0]] for arm in arms[:2]},
     }
     note = f"Arms: seed {seeds[0]}. Ground truth: a clip of that caption."
-    return Measured(rows, readout, videos(studio, columns, note, place.run_dir))
+    return Measured(rows, readout, videos(studio, columns, note, place.run_dir), tuple(material.before))
 
 
 def sample_prompts(resolved: Resolved, place: Place, run: Run) -> Measured:

@@ -11,7 +11,7 @@ from mirai_dist.observe.console import Bar, Console
 from mirai_dist.observe.ledger import Ledger
 from mirai_dist.observe.sinks import Sinks
 
-SHOWN = ("loss/flow", "loss/consistency", "loss/dmd", "loss/critic", "cosine/foresight")
+SHOWN = ("loss/flow", "loss/consistency", "loss/ode", "loss/dmd", "loss/critic", "cosine/foresight")
 
 
 class Watch:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,16 +37,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mirai_dist.config.error import FileError
+from mirai_dist.data.arrays import (
+    DIGEST_BYTES,
+    Field,
+    Head,
+    bytes_of,
+    file_of,
+    head_bytes,
+    json_file,
+    read_head,
+    replacing,
+    shard_name,
+    sweep,
+)
 from mirai_dist.data.prompts import PromptFile
-from mirai_dist.state.commit import flush
 
 STORE = "store.json"
 NEGATIVE = "negative"
 _FORMAT = 1
-_KEY = "mirai"
-_MAX_HEADER = 1 << 24
 _OPEN_SHARDS = 64
-_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -97,14 +105,6 @@ class Shard:
     bytes: int
 
 
-def shard_name(shard: int) -> str:
-    return f"shard-{shard:05d}"
-
-
-def file_of(store: Path, name: str) -> Path:
-    return store / f"{name}.safetensors"
-
-
 def establish(store: Path, identity: Identity) -> None:
     """Make the folder and its store.json, or check that the one there says the same.
 
@@ -115,10 +115,8 @@ def establish(store: Path, identity: Identity) -> None:
         store.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             # Parts that start together write the same bytes: whose rename comes last does not matter.
-            beside = _beside(path)
-            content = {**asdict(identity), "sha256": identity.digest}
-            _write_flushed(beside, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
-            os.replace(beside, path)
+            with replacing(path) as file:
+                file.write(json_file({**asdict(identity), "sha256": identity.digest}))
     except OSError as error:
         raise FileError(store, f"cannot be made: {error.strerror}; name another folder with --out") from error
     found = identity_of(store)
@@ -171,21 +169,12 @@ def write_shard(store: Path, identity: Identity, contents: Contents, embeddings:
     ValueError when an embedding is not of the announced form.
     """
     path = file_of(store, contents.name)
-    beside = _beside(path)
-    for leftover in store.glob(f".{path.name}.tmp-*"):
-        leftover.unlink(missing_ok=True)
     try:
-        with beside.open("wb") as file:
-            size = _write_content(file, identity, contents, embeddings)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        flush(store)
+        sweep(path)
+        with replacing(path) as file:
+            return _write_content(file, identity, contents, embeddings)
     except OSError as error:
         raise FileError(path, f"cannot be written: {error.strerror}; the same command goes on from here") from error
-    finally:
-        beside.unlink(missing_ok=True)
-    return size
 
 
 def _write_content(file: BinaryIO, identity: Identity, contents: Contents, embeddings: Iterable[Tensor]) -> int:
@@ -198,48 +187,38 @@ def _write_content(file: BinaryIO, identity: Identity, contents: Contents, embed
         "longest": max(contents.tokens),
         "cut": list(contents.cut),
     }
-    blank = _head({**label, "sha256": "0" * 64}, count, int(offsets[-1]), dim)
+    fields = _fields(count, int(offsets[-1]), dim)
+    blank = head_bytes({**label, "sha256": "0" * 64}, fields)
     file.write(blank)
     file.write(table)
-    file.write(bytes(count * _DIGEST_BYTES))
+    file.write(bytes(count * DIGEST_BYTES))
     digests = bytearray()
     for tokens, embedding in zip(contents.tokens, embeddings, strict=True):
         if embedding.shape != (tokens, dim) or embedding.dtype != torch.bfloat16:
             raise ValueError(f"{contents.name}: an embedding is {list(embedding.shape)} {embedding.dtype}, "
                              f"must be {[tokens, dim]} bfloat16")
-        rows = _bytes_of(embedding.cpu())
+        rows = bytes_of(embedding.cpu())
         digests += hashlib.sha256(rows).digest()
         file.write(rows)
     size = file.tell()
     file.seek(0)
-    file.write(_head({**label, "sha256": _label_digest(label, table, bytes(digests))}, count, int(offsets[-1]), dim))
+    file.write(head_bytes({**label, "sha256": _label_digest(label, table, bytes(digests))}, fields))
     file.seek(len(blank) + len(table))
     file.write(digests)
     return size
 
 
-def _head(label: dict[str, Any], count: int, total: int, dim: int) -> bytes:
-    """The beginning of a safetensors file; its length depends on the sizes alone, not on the digest."""
-    layout = (("offsets", "I64", [count + 1], 8 * (count + 1)),
-              ("digests", "U8", [count, _DIGEST_BYTES], count * _DIGEST_BYTES),
-              ("tokens", "BF16", [total, dim], 2 * total * dim))
-    header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(label, sort_keys=True)}}
-    at = 0
-    for name, dtype, shape, size in layout:
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _fields(count: int, total: int, dim: int) -> tuple[Field, ...]:
+    return (
+        Field("offsets", "I64", (count + 1,)),
+        Field("digests", "U8", (count, DIGEST_BYTES)),
+        Field("tokens", "BF16", (total, dim)),
+    )
 
 
 def _label_digest(label: dict[str, Any], offsets: bytes, digests: bytes) -> str:
     head = json.dumps(label, sort_keys=True).encode()
     return hashlib.sha256(b"%d\n%s%s%s" % (len(head), head, offsets, digests)).hexdigest()
-
-
-def _bytes_of(rows: Tensor) -> memoryview:
-    return memoryview(rows.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def open_shard(store: Path, identity: Identity, name: str) -> Shard:
@@ -252,9 +231,9 @@ def open_shard(store: Path, identity: Identity, name: str) -> Shard:
     again = "delete it and run the same `mirai data embed` again"
     try:
         with path.open("rb") as file:
-            header, begin = _header(file)
+            head = read_head(file)
             offsets = file.read(8 * (count + 1))
-            digests = file.read(_DIGEST_BYTES * count)
+            digests = file.read(DIGEST_BYTES * count)
             size = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         options = f"--length {identity.length} --shard-size {identity.shard_size}"
@@ -262,33 +241,26 @@ def open_shard(store: Path, identity: Identity, name: str) -> Shard:
         raise FileError(path, f"is missing: the store is not finished; make it: {command}") from None
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from error
-    if header is None:
+    if head is None or not _is_ours(head):
         raise FileError(path, f"is damaged: it does not begin as a shard does; {again}")
-    label, total, dim = header
+    label, (total, dim) = head.label, head.fields[-1].shape
     digest = label.pop("sha256", None)
     if digest != _label_digest(label, offsets, digests):
         raise FileError(path, f"is damaged: its tables are not the ones that were written; {again}")
     if label["store"] != identity.digest or label["shard"] != name or dim != identity.dim:
         raise FileError(path, f"belongs to another store or another place in it; {again}")
     bounds = tuple(int.from_bytes(offsets[i : i + 8], "little") for i in range(0, len(offsets), 8))
-    expected = begin + len(offsets) + len(digests) + 2 * total * dim
+    expected = head.begin + len(offsets) + len(digests) + 2 * total * dim
     if size != expected or bounds[-1] != total:
         raise FileError(path, f"is cut short or too long: {size} bytes, must be {expected}; {again}")
     return Shard(path, bounds, digests, tuple(label["cut"]), label["longest"], size)
 
 
-def _header(file: BinaryIO) -> tuple[tuple[dict[str, Any], int, int] | None, int]:
-    """(label, rows, dim) of a shard, None if it is not one, and where its tensors begin."""
-    length = int.from_bytes(file.read(8), "little")
-    text = file.read(length) if 0 < length <= _MAX_HEADER else b""
-    try:
-        header = json.loads(text)
-        label = json.loads(header["__metadata__"][_KEY])
-        total, dim = header["tokens"]["shape"]
-        whole = text == _head(label, header["digests"]["shape"][0], total, dim)[8:]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError):
-        return None, 0
-    return ((label, total, dim) if whole and isinstance(label, dict) else None), 8 + length
+def _is_ours(head: Head) -> bool:
+    """Whether the tensors are those of a shard of embeddings."""
+    shapes = [field.shape for field in head.fields]
+    form = [len(shape) for shape in shapes] == [1, 2, 2]
+    return form and head.fields == _fields(shapes[1][0], *shapes[2])
 
 
 def verify(shard: Shard) -> None:
@@ -312,8 +284,8 @@ class _Reader:
         """[tokens, dim] of an entry of this shard."""
         shard = self.shard
         rows = self._tokens[shard.offsets[entry] : shard.offsets[entry + 1]]
-        digest = shard.digests[entry * _DIGEST_BYTES : (entry + 1) * _DIGEST_BYTES]
-        if hashlib.sha256(_bytes_of(rows)).digest() != digest:
+        digest = shard.digests[entry * DIGEST_BYTES : (entry + 1) * DIGEST_BYTES]
+        if hashlib.sha256(bytes_of(rows)).digest() != digest:
             what = f"entry {entry} was altered after it was written; delete the file and run `mirai data embed` again"
             raise FileError(shard.path, what)
         return rows
@@ -393,15 +365,3 @@ class EmbeddingStore:
             if shard.cut and self.length > stored:
                 what = f"holds prompts cut to {stored} tokens ({len(shard.cut)} of them), text.length is {self.length}"
                 raise FileError(shard.path, f"{what}; set text.length={stored}, or embed anew with --length")
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mirai_dist.method.dmd import Conditioning
 from mirai_dist.method.flow import add_noise, clean_from_velocity, expand_like
-from mirai_dist.method.teacher_forcing import TeacherForcedNetwork
+from mirai_dist.method.teacher_forcing import TeacherForcedNetwork, guided_velocity
 
 
 class ConsistencyNetworks(NamedTuple):
@@ -32,21 +32,23 @@ def consistency_loss(
 ) -> Tensor:
     """Mean squared distance between the student's x0 at t and the target's x0 one teacher step later.
 
-    The teacher's step is guided as unconditional + guidance (conditional - unconditional). The boundary
-    condition holds by parametrisation: at t = 0, x0 is the input. The last interval of the grid, which ends at
-    t = 0, is drawn like the others: it anchors the target to the data (the public code leaves it out).
+    The teacher's step is guided as unconditional + guidance (conditional - unconditional), both in one call. The
+    boundary condition holds by parametrisation: at t = 0, x0 is the input. The last interval of the grid, which ends
+    at t = 0, is drawn like the others: it anchors the target to the data (the public code leaves it out).
+
+    Latents move in at least float32, whatever they are stored in: neighbours near t = 1000 are 4 timesteps apart,
+    less than bfloat16 resolves of a value near one.
     """
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    clean, noise = clean.to(wide), noise.to(wide)
     noisy = add_noise(clean, noise, at.timesteps)
     with torch.no_grad():
         both = torch.cat((prompts.text, prompts.negative.expand_as(prompts.text)))
         double = (noisy.repeat(2, 1, 1, 1, 1), at.timesteps.repeat(2, 1), both, clean.repeat(2, 1, 1, 1, 1))
-        conditional, unconditional = networks.teacher(*double).chunk(2)
-        velocity = unconditional + guidance * (conditional - unconditional)
+        velocity = guided_velocity(networks.teacher(*double), guidance)
         step = expand_like(at.next_timesteps, noisy) - expand_like(at.timesteps, noisy)
-        nearer = (noisy + step * velocity).to(noisy.dtype)
+        nearer = (noisy + step * velocity).to(wide)
         velocity = networks.target(nearer, at.next_timesteps, prompts.text, clean)
         goal = clean_from_velocity(nearer, velocity, at.next_timesteps)
     velocity = networks.student(noisy, at.timesteps, prompts.text, clean)
-    estimate = clean_from_velocity(noisy, velocity, at.timesteps)
-    dtype = torch.promote_types(estimate.dtype, torch.float32)
-    return (estimate.to(dtype) - goal.to(dtype)).square().mean()
+    return (clean_from_velocity(noisy, velocity, at.timesteps) - goal).square().mean()

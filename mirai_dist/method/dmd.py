@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,8 +24,30 @@ class Conditioning(NamedTuple):
     negative: Tensor
 
 
+SCHEDULES = ("none", "lower", "both")
+
+
+def exit_interval(steps: Sequence[int], exit_step: int) -> tuple[int, int]:
+    """(from, to) of an exit step, in the units of the unwarped step list: 1000, 750, 500, 250 gives (1000, 750),
+    (750, 500), (500, 250), (250, 0) (spec 3.4)."""
+    return steps[exit_step], steps[exit_step + 1] if exit_step + 1 < len(steps) else 0
+
+
+def score_draws(steps: Sequence[int], exit_step: int, schedule: str) -> range:
+    """The integers that a score timestep is drawn from, uniformly, after a rollout with this exit step (spec 3.5).
+
+    none: 0..999 whatever the exit. lower: from `to` of the exit's interval on; both: and below its `from`: noise no
+    weaker, or just as strong, as what the generator removed. steps: unwarped, descending; exit_step: that of all
+    segments but a first one with its own list. ValueError for another schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"no schedule {schedule!r} of score timesteps; there are {', '.join(SCHEDULES)}")
+    start, end = exit_interval(steps, exit_step)
+    return range(0 if schedule == "none" else end, start if schedule == "both" else 1000)
+
+
 def score_timestep(draw: int, shift: float, lowest: float, highest: float) -> float:
-    """Timestep of an integer draw in 0..999: shifted as the schedule is, then clamped (spec 3.5 step 1)."""
+    """Timestep of an integer of `score_draws`: shifted as the schedule is, then clamped (spec 3.5 step 1)."""
     return min(max(shifted(draw / 1000.0, shift), lowest), highest)
 
 
@@ -60,10 +83,14 @@ def score_difference(
     return (fake - real) / scale
 
 
-def dmd_loss(latents: Tensor, gradient: Tensor) -> Tensor:
-    """0.5 mean (x - stopgrad(x - g))^2, so that the derivative by x is g / numel."""
+def dmd_loss(latents: Tensor, gradient: Tensor, gradient_mask: Tensor | None = None) -> Tensor:
+    """0.5 mean (x - stopgrad(x - g))^2, so that the derivative by x is g / numel.
+
+    gradient_mask [F], bool: the mean is over these frames alone, and the others get no gradient (`scored_clip`).
+    """
     x = latents.to(gradient.dtype)
-    return 0.5 * (x - (x - gradient).detach()).square().mean()
+    squared = (x - (x - gradient).detach()).square()
+    return 0.5 * (squared if gradient_mask is None else squared[:, gradient_mask]).mean()
 
 
 def noised(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

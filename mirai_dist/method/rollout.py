@@ -6,6 +6,9 @@
         exit step:        x0 = G(x, t_exit)                    the only pass that may carry gradient
         context pass:     G(x0, t = context) -> keys, values   no gradient; what later segments attend to
 
+The first segment has nothing to attend to and may have a longer step list of its own. A rollout may be longer than
+what is trained: its segments before `gradient_from` have no graph, and `scored_clip` is what the scores see of it.
+
 Denoising passes read the cache and return their keys and values without writing them: only the context pass's
 are kept. So recomputation in backward repeats no write, in whatever order backward visits the segments.
 (Self-Forcing section 3; spec 3.4 and its "order hazard".)
@@ -68,12 +71,25 @@ class RolloutSettings:
 
     leaky: gradient of later segments reaches earlier exit passes through their cached keys and values
     (value of the context pass, gradient of the exit pass), as the public releases do; default cut.
+    first_timesteps: those of the segment at frame 0, where they differ (Causal-Forcing's one- and two-step
+    generators); a segment after a given one uses `timesteps`, as it does in training.
     """
 
     timesteps: tuple[float, ...]
     frames_per_segment: int
     context_timestep: float = 0.0
     leaky: bool = False
+    first_timesteps: tuple[float, ...] = ()
+
+    @property
+    def noises(self) -> int:
+        """Noise tensors a segment has: one for each step of the longer list, and the context pass's."""
+        return max(len(self.timesteps), len(self.first_timesteps)) + 1
+
+    @property
+    def last_steps(self) -> tuple[int, int | None]:
+        """(exit_step, first_exit_step) of a rollout through all steps: what sampling does."""
+        return len(self.timesteps) - 1, len(self.first_timesteps) - 1 if self.first_timesteps else None
 
 
 class Segment(NamedTuple):
@@ -87,7 +103,7 @@ class Segment(NamedTuple):
 class DrawnNoise:
     """Noise that is drawn when its segment comes, so that a long video never holds all of it.
 
-    frames: latent frames of the video. draw(first_frame) -> [steps + 1, B, frames_per_segment, C, H, W].
+    frames: latent frames of the video. draw(first_frame) -> [settings.noises, B, frames_per_segment, C, H, W].
     """
 
     frames: int
@@ -95,16 +111,20 @@ class DrawnNoise:
 
 
 class RolloutInputs(NamedTuple):
-    """noise [steps + 1, B, F, C, H, W], or drawn as it is needed: index 0 starts, j > 0 re-noises before step j, the
-    last one is for the context pass. text [B, length, text_dim]. exit_step: index of the last denoising step.
+    """noise [settings.noises, B, F, C, H, W], or drawn as it is needed: index 0 starts, j > 0 re-noises before step
+    j, the last one is for the context pass. text [B, length, text_dim]. exit_step: index of the last denoising step.
     capture: blocks after which the exit pass's residual stream is returned; 0 for none. given: clean latents
-    [B, G, C, H, W] of the first frames, whole segments, which are not generated."""
+    [B, G, C, H, W] of the first frames, whole segments, which are not generated. first_exit_step: exit step of the
+    first segment, where it has its own list. gradient_from: first frame, of a segment, that may have a graph and is
+    captured; what comes before is context."""
 
     noise: Tensor | DrawnNoise
     text: Tensor
     exit_step: int
     capture: int = 0
     given: Tensor | None = None
+    first_exit_step: int | None = None
+    gradient_from: int = 0
 
     @property
     def frames(self) -> int:
@@ -112,7 +132,7 @@ class RolloutInputs(NamedTuple):
         return self.noise.frames if isinstance(self.noise, DrawnNoise) else self.noise.shape[2]
 
     def segment_noise(self, first: int, frames: int) -> Tensor:
-        """Noise [steps + 1, B, frames, C, H, W] of the segment that starts at frame `first`."""
+        """Noise [settings.noises, B, frames, C, H, W] of the segment that starts at frame `first`."""
         if isinstance(self.noise, DrawnNoise):
             return self.noise.draw(first)
         return self.noise[:, :, first : first + frames]
@@ -125,60 +145,143 @@ def segments(
 
     A segment is yielded before its own context pass runs: the wall time to a segment holds its denoising steps and
     the context pass of the segment before it, except for given segments, which are yielded after theirs.
-    ValueError unless the given frames are whole segments and leave some to generate.
+
+    The cache must show each segment its window, and must not overwrite before backward what a segment with a graph
+    saw (`kept_frames`); without gradient, the window is enough.
+
+    ValueError unless given frames are whole segments and leave some to generate, gradient begins with a segment,
+    there is a first exit step just where there is a first step list, and noise for every step of both lists.
     """
     frames, total = settings.frames_per_segment, inputs.frames
-    given = 0 if inputs.given is None else inputs.given.shape[1]
-    if given % frames or given >= total:
-        raise ValueError(f"{given} given frames are not whole segments of {frames} before the end of {total} frames")
+    given = _checked_given(settings, inputs)
     cache.reset()
     text_keys_values: KeysValues | None = None
-    leaked: list[KeysValues] = []
+    leaked: dict[int, KeysValues] = {}  # by first frame; those that a later segment may still see
     for first in range(0, total, frames):
         noise = inputs.segment_noise(first, frames)
+        if len(noise) != settings.noises:
+            raise ValueError(f"{len(noise)} noises of frame {first}, where the step lists need {settings.noises}")
+        with_gradient = torch.is_grad_enabled() and first >= inputs.gradient_from
         held = cache.placed(_joined(leaked, cache.visible_frames(), frames)) if leaked else cache.view()
         past = Past(held, text_keys_values, first)
         if first < given:
             assert inputs.given is not None
             clean, output = inputs.given[:, first : first + frames], None
         else:
-            clean, output, past = _denoised(generator, settings, inputs, past, noise)
+            with torch.set_grad_enabled(with_gradient):
+                clean, output, past = _denoised(generator, settings, inputs, past, noise)
             yield Segment(clean, output.hidden)
         if first + frames < total:  # nobody reads the last segment's cache
             context, text_keys_values = _context_pass(generator, settings, inputs, past, (clean.detach(), noise[-1]))
             cache.write(context)
             if settings.leaky and torch.is_grad_enabled():
-                leaked.append(_straight_through(context, output.keys_values) if output else context)
+                leaked[first] = _straight_through(context, output.keys_values) if output and with_gradient else context
+                seen = {frame - frame % frames for frame in cache.visible_frames()}
+                leaked = {start: each for start, each in leaked.items() if start in seen}
         if first < given:
             yield Segment(clean, None)
+
+
+def kept_frames(total: int, trained: int, per_segment: int, window: int, sink: int = 0) -> int:
+    """Latent frames a cache must hold for rollouts of `total` frames with gradient on the last `trained` ones.
+
+    window: past frames a segment sees, 0 for all; sink: how many of them are the video's first. Segments with a graph
+    see the last trained - per_segment + window frames, so a ring of those loses nothing that backward reads. It is
+    made larger where they would not lie in one piece: each segment would be shown a copy, which lives until its
+    backward. With sinks that move there is a copy anyway, and where the window is the sinks alone, no ring.
+    """
+    every, seen = total - per_segment, trained - per_segment + window
+    if not window or window == sink or seen >= every:
+        return every
+    if sink:
+        return seen
+    before = total - trained - window  # frames that no segment with a graph sees
+    whole = (held for held in range(seen, every, per_segment) if before % held + seen <= held)
+    return next(whole, every)
+
+
+def _checked_given(settings: RolloutSettings, inputs: RolloutInputs) -> int:
+    """Number of given frames; raises what `segments` says."""
+    frames, total, start = settings.frames_per_segment, inputs.frames, inputs.gradient_from
+    given = 0 if inputs.given is None else inputs.given.shape[1]
+    if given % frames or given >= total:
+        raise ValueError(f"{given} given frames are not whole segments of {frames} before the end of {total} frames")
+    if start % frames or not 0 <= start < total:
+        raise ValueError(f"gradient from frame {start} begins with no segment of {frames} of the {total} frames")
+    if bool(settings.first_timesteps) != (inputs.first_exit_step is not None):
+        what = f"first exit step {inputs.first_exit_step} does not go with first timesteps {settings.first_timesteps}"
+        raise ValueError(f"{what}; the first segment has both or neither")
+    return given
+
+
+def _schedule(settings: RolloutSettings, inputs: RolloutInputs, first: int) -> tuple[tuple[float, ...], int]:
+    """Timesteps of the segment that starts at frame `first`, up to its exit step, and the exit step."""
+    if first or inputs.first_exit_step is None:
+        return settings.timesteps, inputs.exit_step
+    return settings.first_timesteps, inputs.first_exit_step
 
 
 def _denoised(
     generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, past: Past, noise: Tensor
 ) -> tuple[Tensor, SegmentOutput, Past]:
-    """A segment from its noise [steps + 1, B, frames, C, H, W]: x0, the exit pass's output, past with cached text."""
+    """A segment from its noise [settings.noises, B, frames, C, H, W]: x0, the exit pass's output, past with cached
+    text."""
+    timesteps, exit_step = _schedule(settings, inputs, past.first_frame)
     noisy = noise[0]
     with torch.no_grad():
-        for step in range(inputs.exit_step):
-            output = generator(noisy, _at(settings.timesteps[step], noisy), inputs.text, past, 0)
-            clean = _clean(output, noisy, settings.timesteps[step])
+        for step in range(exit_step):
+            output = generator(noisy, _at(timesteps[step], noisy), inputs.text, past, 0)
+            clean = _clean(output, noisy, timesteps[step])
             past = past._replace(text_keys_values=output.text_keys_values)
-            noisy = add_noise(clean, noise[step + 1], _at(settings.timesteps[step + 1], noisy))
-    exit_timestep = settings.timesteps[inputs.exit_step]
+            noisy = add_noise(clean, noise[step + 1], _at(timesteps[step + 1], noisy))
     # the text's keys and values carry gradient in a gradient pass, so that pass computes its own
     text_cache = None if torch.is_grad_enabled() else past.text_keys_values
-    output = generator(
-        noisy, _at(exit_timestep, noisy), inputs.text, past._replace(text_keys_values=text_cache), inputs.capture
-    )
-    return _clean(output, noisy, exit_timestep), output, past
+    capture = inputs.capture if past.first_frame >= inputs.gradient_from else 0
+    exit_past = past._replace(text_keys_values=text_cache)
+    output = generator(noisy, _at(timesteps[exit_step], noisy), inputs.text, exit_past, capture)
+    return _clean(output, noisy, timesteps[exit_step]), output, past
 
 
 def rollout(
     generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, cache: Cache
 ) -> tuple[Tensor, list[Tensor]]:
-    """A whole rollout: latents [B, F, C, H, W] and the captured states, [B, S, dim] a segment."""
+    """A whole rollout: latents [B, F, C, H, W] and the captured states, [B, S, dim] a segment.
+
+    Of the latents, frames before `inputs.gradient_from` carry no gradient, and there are no states of them.
+    ValueError as in `segments`.
+    """
     finished = list(segments(generator, settings, inputs, cache))
     return torch.cat([s.latents for s in finished], dim=1), [s.state for s in finished if s.state is not None]
+
+
+class ScoredClip(NamedTuple):
+    """Latents [B, F, C, H, W] that score networks see, and which frames [F] the generator's loss is taken over (None:
+    all of them)."""
+
+    latents: Tensor
+    gradient_mask: Tensor | None
+
+
+def scored_clip(
+    latents: Tensor, frames: int, frames_per_segment: int, as_image: Callable[[Tensor], Tensor]
+) -> ScoredClip:
+    """The last `frames` frames of a rollout [B, M, C, H, W], made to begin as a video does.
+
+    The first latent frame of a video is a single picture, and every later one is four. So the clip's first frame is
+    replaced by `as_image` of all frames up to it, [B, M - frames + 1, C, H, W] without graph: the image latent
+    [B, 1, C, H, W] of the last picture they decode to. The clip's first segment is not trained on, because it holds
+    that latent. A rollout of just `frames` frames is returned as it is. (Self-Forcing's rollouts beyond 21 frames;
+    spec 3.4.) ValueError for a shorter one.
+    """
+    if latents.shape[1] < frames:
+        raise ValueError(f"a rollout of {latents.shape[1]} frames has no last {frames} frames")
+    if latents.shape[1] == frames:
+        return ScoredClip(latents, None)
+    later = latents.shape[1] - frames + 1
+    with torch.no_grad():
+        image = as_image(latents[:, :later].detach()).to(latents.dtype)
+    trained = torch.arange(frames, device=latents.device) >= frames_per_segment
+    return ScoredClip(torch.cat((image, latents[:, later:]), dim=1), trained)
 
 
 @torch.no_grad()
@@ -211,11 +314,11 @@ def _straight_through(value: KeysValues, gradient: KeysValues) -> KeysValues:
     )
 
 
-def _joined(segments: list[KeysValues], frames: list[int], per_segment: int) -> KeysValues:
-    """Keys and values of the given absolute frames, out of those of all segments so far."""
+def _joined(segments: dict[int, KeysValues], frames: list[int], per_segment: int) -> KeysValues:
+    """Keys and values of the given absolute frames, out of those of segments by their first frame."""
 
     def part(block: int, which: int) -> Tensor:
-        framed = [segments[f // per_segment][block][which].unflatten(1, (per_segment, -1)) for f in frames]
+        framed = [segments[f - f % per_segment][block][which].unflatten(1, (per_segment, -1)) for f in frames]
         return torch.cat([each[:, f % per_segment] for f, each in zip(frames, framed, strict=True)], dim=1)
 
-    return tuple((part(block, 0), part(block, 1)) for block in range(len(segments[0])))
+    return tuple((part(block, 0), part(block, 1)) for block in range(len(next(iter(segments.values())))))

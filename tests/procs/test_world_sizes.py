@@ -59,18 +59,19 @@ class Recorder:
             return noise
 
         def noted_rollout(stage: Any, at: Any, samples: list[int], text: Any, capture: int) -> Any:
-            latents, states = rollout(stage, at, samples, text, capture)
+            rolled = rollout(stage, at, samples, text, capture)
             for row, sample in enumerate(samples):
-                self.note(stage, "latents", sample, latents[row].detach().clone())
+                self.note(stage, "latents", sample, rolled.latents[row].detach().clone())
                 self.note(stage, "prompt", sample, text[row].clone())
-                self.note(stage, "exit step", sample, stage.exit_step(at, samples))
+                self.note(stage, "exit step", sample, rolled.exit_step)
                 self.note(stage, "rank", sample, stage.run.rank)
-            return latents, states
+            return rolled
 
         def noted(what: str, function: Any) -> Any:
             def run(stage: Stage, at: Any, *arguments: Any) -> Any:
                 found = function(stage, at, *arguments)
-                for row, sample in zip(found, arguments[-1], strict=True):
+                samples = [each for each in arguments if isinstance(each, list)][-1]
+                for row, sample in zip(found, samples, strict=True):
                     self.note(stage, what, sample, row.clone())
                 return found
             return run

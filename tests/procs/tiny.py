@@ -104,11 +104,11 @@ def console(folder: Path) -> Console:
     return Console(dist.get_rank(), "here", folder / "logs" / f"rank-{dist.get_rank()}.log")
 
 
-def run_of(recipe: schema.Recipe, seed: int = SEED) -> Run:
+def run_of(recipe: schema.Recipe, seed: int = SEED, stage: str = "distil", run_dir: Path = Path()) -> Run:
     """What stages share, on this rank of the present process group, made as the pipeline makes it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    place = Place(World(rank, rank, ranks, ranks, "here", CPU), Path(), None, StopRequest())  # type: ignore[arg-type]
-    return make_run(Job("", "", Path(), recipe, seed), place)
+    place = Place(World(rank, rank, ranks, ranks, "here", CPU), run_dir, None, StopRequest())  # type: ignore[arg-type]
+    return make_run(Job(stage, "", Path(), recipe, seed), place)
 
 
 class WideDraws(Draws):
@@ -118,9 +118,10 @@ class WideDraws(Draws):
         return super().normal(*key).double()
 
 
-def stage_of(recipe: schema.Recipe, name: str, engine: type[FsdpEngine] = FsdpEngine, seed: int = SEED) -> Any:
+def stage_of(recipe: schema.Recipe, name: str, engine: type[FsdpEngine] = FsdpEngine, seed: int = SEED,
+             run_dir: Path = Path()) -> Any:
     """A stage on this rank without parents, its networks sharded over the present process group."""
-    run = run_of(recipe, seed)
+    run = run_of(recipe, seed, name, run_dir)
     wide = recipe.parallel.compute_dtype == "float64"
     run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device),
                               draws=(WideDraws if wide else Draws)(seed, CPU))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mirai_dist.attention.patterns import Full, Pattern, SegmentCausal, TeacherForced
 from mirai_dist.method.foresight import PRESETS, foresight_loss
@@ -112,6 +115,46 @@ def test_patterns_keep_dtype_and_layout(pattern: Pattern) -> None:
     q, k, v = (each.bfloat16() for each in qkv(8))
     attended = pattern(q, k, v)
     assert attended.shape == q.shape and attended.dtype == torch.bfloat16
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the number of elements of everything any operation makes, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += [each.numel() for each in tree_leaves(result) if isinstance(each, Tensor)]
+        return result
+
+
+def largest_tensor(pattern: Pattern, tokens: int) -> int:
+    q, k, v = (torch.randn(1, tokens, 1, 8, requires_grad=True) for _ in range(3))
+    with Sizes() as sizes:
+        pattern(q, k, v).sum().backward()
+    return max(sizes.made)
+
+
+@pytest.mark.parametrize("pattern_of", [lambda _: Full(), SegmentCausal, TeacherForced])
+@pytest.mark.parametrize("segments", [4, 8])
+def test_no_tensor_grows_with_the_square_of_the_sequence(pattern_of: Callable[[int], Pattern], segments: int) -> None:
+    """No mask and no scores: the largest thing is a tensor of tokens."""
+    for tokens in (512, 1024):
+        assert largest_tensor(pattern_of(tokens // segments), tokens) <= 2 * tokens * 8  # q, k, v have tokens * 8
+
+
+def test_a_mask_would_be_noticed() -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return masked_attention(q, k, v, segment_causal_mask(q.shape[1], 128))
+
+    assert largest_tensor(masked, 512) >= 512**2
 
 
 # --- the references themselves -------------------------------------------------------------------------------

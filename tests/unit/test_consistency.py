@@ -96,7 +96,26 @@ def test_gradient_reaches_the_student_alone() -> None:
     assert scales[1].grad is None and scales[2].grad is None
 
 
-def test_bf16_networks_give_an_fp32_loss() -> None:
-    clean, noise = normal(1).bfloat16(), normal(2).bfloat16()
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_teacher_runs_both_prompts_in_one_call(guidance: float) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def teacher(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor:
+        calls.append((len(latent), len(timesteps), len(clean)))
+        assert (text[:2] == 2).all() and (text[2:] == -1).all()
+        return latent.sin()
+
     at = neighbours((937.5, 625.0), (930.0, 500.0))
-    assert consistency_loss(networks(), clean, noise, at, PROMPTS, 3.0).dtype == torch.float32
+    consistency_loss(networks()._replace(teacher=teacher), normal(1), normal(2), at, PROMPTS, guidance)
+    assert calls == [(4, 4, 4)]
+
+
+def test_stored_bf16_latents_move_in_float32() -> None:
+    """Neighbours near t = 1000 differ by less than bf16 resolves: rounded, the target would not move at all."""
+    clean, noise = normal(1).bfloat16(), normal(2).bfloat16()
+    grid = euler_grid(48, 5.0)
+    at = neighbours((grid[0], grid[1]), (grid[1], grid[2]))
+    loss = consistency_loss(networks(), clean, noise, at, PROMPTS, 3.0)
+    exact = consistency_loss(networks(), clean.double(), noise.double(), at, PROMPTS, 3.0)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)

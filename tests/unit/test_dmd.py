@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from mirai_dist.method.dmd import Conditioning, Velocity, dmd_loss, guided, noised, score_difference, score_timestep
+from mirai_dist.method.dmd import (
+    SCHEDULES,
+    Conditioning,
+    Velocity,
+    dmd_loss,
+    exit_interval,
+    guided,
+    noised,
+    score_difference,
+    score_draws,
+    score_timestep,
+)
 
 SHAPE = (2, 3, 4, 2, 2)
 PROMPTS = Conditioning(torch.ones(2, 5, 6, dtype=torch.float64), torch.zeros(1, 5, 6, dtype=torch.float64))
@@ -51,6 +62,26 @@ def test_the_derivative_of_the_loss_is_the_gradient_over_numel(dtype: torch.dtyp
     atol = 1e-14 if dtype == torch.float64 else 1e-8
     torch.testing.assert_close(derivative, gradient / latents.numel(), rtol=0, atol=atol)
     assert dmd_loss(latents, gradient).item() == pytest.approx(0.5 * gradient.square().mean().item(), rel=1e-6)
+
+
+def test_masked_frames_get_no_gradient_and_do_not_count() -> None:
+    latents, gradient = normal(1).requires_grad_(), normal(2)
+    mask = torch.tensor([False, True, True])
+    loss = dmd_loss(latents, gradient, mask)
+    assert loss.item() == pytest.approx(0.5 * gradient[:, 1:].square().mean().item(), rel=1e-12)
+    (derivative,) = torch.autograd.grad(loss, latents)
+    assert not derivative[:, 0].any()
+    expected = gradient[:, 1:] / latents[:, 1:].numel()
+    torch.testing.assert_close(derivative[:, 1:], expected, rtol=0, atol=1e-14)
+    assert torch.equal(dmd_loss(latents, gradient, torch.ones(3, dtype=torch.bool)), dmd_loss(latents, gradient))
+
+
+def test_a_masked_frame_that_is_not_finite_still_shows() -> None:
+    """Its values reach the others through the sample's normaliser, so the run must stop as it does without a mask."""
+    x, real = normal(1), normal(3)
+    x[0, 0, 0, 0, 0] = float("nan")
+    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(normal(2), real), 3.0)
+    assert dmd_loss(x, g, torch.tensor([False, True, True])).isnan()
 
 
 def test_bf16_latents_keep_a_wide_gradient() -> None:
@@ -220,3 +251,41 @@ def test_score_timesteps_as_published() -> None:
     assert min(every) == 20.0 and every[5] > 20.0
     assert every == sorted(every)
     assert every[500] == pytest.approx(2500 / 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "intervals"),
+    [
+        ([1000, 750, 500, 250], [(1000, 750), (750, 500), (500, 250), (250, 0)]),
+        ([1000, 500], [(1000, 500), (500, 0)]),
+        ([1000], [(1000, 0)]),
+        ([800, 600, 50], [(800, 600), (600, 50), (50, 0)]),
+    ],
+)
+def test_intervals_of_exit_steps(steps: list[int], intervals: list[tuple[int, int]]) -> None:
+    assert [exit_interval(steps, i) for i in range(len(steps))] == intervals
+    for i, (start, end) in enumerate(intervals):
+        assert score_draws(steps, i, "none") == range(1000)
+        assert score_draws(steps, i, "lower") == range(end, 1000)
+        assert score_draws(steps, i, "both") == range(end, start)
+
+
+def test_score_timesteps_follow_the_exit_step() -> None:
+    """Exit 1 of the four steps hands on what 750 down to 500 made: at shift 5 that is 833.3 to below 937.5."""
+    steps = [1000, 750, 500, 250]
+    lower, both = ([score_timestep(u, 5.0, 20.0, 980.0) for u in score_draws(steps, 1, s)] for s in ("lower", "both"))
+    assert (min(lower), max(lower)) == (pytest.approx(2500 / 3), 980.0)
+    assert both == lower[:250] and 937 < max(both) < 937.5
+    last = [score_timestep(u, 5.0, 20.0, 980.0) for u in score_draws(steps, 3, "both")]
+    assert min(last) == 20.0 and max(last) < 625
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_draw_without_schedule_is_the_timestep_it_always_was(schedule: str) -> None:
+    """One step spans everything: then, and without a schedule, draw number u is u."""
+    assert list(score_draws([1000], 0, schedule)) == list(range(1000))
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="no schedule 'upper' of score timesteps; there are none, lower, both"):
+        score_draws([1000], 0, "upper")

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = ("deepspeed", "flash_attn", "flash_attn_interface", "xformers", "triton", "diffusers", "transformers")
+OPTIONAL = (
+    "deepspeed", "flash_attn", "flash_attn_interface", "xformers", "triton", "diffusers", "transformers", "lmdb",
+    "ftfy",
+)  # fmt: skip
 BASE_ONLY = (*OPTIONAL, "torch", "numpy", "safetensors", "tensorboard", "PIL", "av")  # what a login node lacks
 
 # None in sys.modules is how Python itself notes "not installed": import raises, find_spec answers None.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache as remembered
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import ref
 
 import pytest
 import torch
@@ -13,7 +15,17 @@ from torch import Tensor
 
 from mirai_dist.config import load
 from mirai_dist.cycle.roles import causal, kv_cache, rollout_settings
-from mirai_dist.method.rollout import DrawnNoise, Past, RolloutInputs, RolloutSettings, rollout, segments
+from mirai_dist.method.rollout import (
+    DrawnNoise,
+    Past,
+    RolloutInputs,
+    RolloutSettings,
+    kept_frames,
+    rollout,
+    scored_clip,
+    segments,
+)
+from mirai_dist.models.vae import LinearVae
 from mirai_dist.models.wan import Capture, History, KVCache, WanModel
 from mirai_dist.models.wan.kv_cache import CacheShape
 from mirai_dist.parallel.recompute import recompute
@@ -22,6 +34,8 @@ from tests.tiny_wan import SHAPE, TOKENS, generator, gradients, largest_differen
 SMALL = Path(__file__).parent / "data" / "small.yaml"
 CPU = torch.device("cpu")
 TIMESTEPS = (1000.0, 937.5, 625.0)
+FOUR = (1000.0, 937.5, 2500 / 3, 625.0)  # 1000, 750, 500, 250 at shift 5
+TWO = (1000.0, 2500 / 3)
 
 # --- which passes run: a network that only takes notes -------------------------------------------------------
 
@@ -63,15 +77,13 @@ class Recorder:
         return Output(latent / 2, hidden, ((own, own),), ((text, text),))
 
 
-def notes_of(
-    exit_step: int, with_gradient: bool, settings: RolloutSettings, frames: int = 6
-) -> tuple[Recorder, Tensor]:
-    """A rollout of the recorder: its notes and the noise it got."""
+def notes_of(exit_step: int, with_gradient: bool, settings: RolloutSettings, **more: Any) -> tuple[Recorder, Tensor]:
+    """A rollout of the recorder over 6 frames: its notes and the noise it got."""
     network = Recorder()
-    noise = torch.randn(len(settings.timesteps) + 1, 2, frames, 3, 2, 2, generator=generator(0), dtype=torch.float64)
-    cache = KVCache(CacheShape(1, 2, frames, 1, 1, 1), CPU, torch.float64)
+    noise = torch.randn(settings.noises, 2, 6, 3, 2, 2, generator=generator(0), dtype=torch.float64)
+    cache = KVCache(CacheShape(1, 2, 6, 1, 1, 1), CPU, torch.float64)
     with torch.set_grad_enabled(with_gradient):
-        rollout(network, settings, RolloutInputs(noise, torch.zeros(2, 1, 1), exit_step, capture=7), cache)
+        rollout(network, settings, RolloutInputs(noise, torch.zeros(2, 1, 1), exit_step, capture=7, **more), cache)
     return network, noise
 
 
@@ -123,6 +135,110 @@ def test_every_input_by_hand() -> None:
             torch.testing.assert_close(calls[2], context, rtol=0, atol=1e-15)
 
 
+# --- a first segment with its own steps ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "first"), [(TWO, FOUR), ((1000.0,), FOUR), (FOUR, TWO), (TWO, (1000.0, 500.0))])
+def test_the_first_segment_runs_through_its_own_steps(steps: tuple[float, ...], first: tuple[float, ...]) -> None:
+    for exit_step, first_exit in [(0, 0), (0, len(first) - 1), (len(steps) - 1, 0), (len(steps) - 1, len(first) - 1)]:
+        settings = RolloutSettings(steps, 2, 50.0, first_timesteps=first)
+        network, noise = notes_of(exit_step, True, settings, first_exit_step=first_exit)
+        assert len(noise) == max(len(steps), len(first)) + 1
+        expected = [(0, timestep, i == first_exit) for i, timestep in enumerate(first[: first_exit + 1])]
+        for segment in (2, 4):
+            expected.append((segment - 2, 50.0, False))
+            expected += [(segment, timestep, i == exit_step) for i, timestep in enumerate(steps[: exit_step + 1])]
+        assert [(call.first_frame, call.timestep, call.with_gradient) for call in network.calls] == expected
+        assert [call.capture for call in network.calls] == [7 * graph for _, _, graph in expected]
+        for call in network.calls:
+            own = slice(call.first_frame, call.first_frame + 2)
+            if call.timestep == 1000.0:
+                assert torch.equal(call.latent, noise[0][:, own])
+        # before step j comes noise j, and before the context pass the last one, however short the list was
+        clean = network.calls[first_exit].latent * (1 - first[first_exit] / 1000 / 2)
+        context = next(call.latent for call in network.calls if call.timestep == 50.0)
+        torch.testing.assert_close(context, 0.95 * clean + 0.05 * noise[-1][:, :2], rtol=0, atol=1e-15)
+        if first_exit:
+            again = first[1] / 1000
+            renoised = (1 - again) * network.calls[0].latent / 2 + again * noise[1][:, :2]
+            torch.testing.assert_close(network.calls[1].latent, renoised, rtol=0, atol=1e-15)
+
+
+def test_after_a_given_segment_the_common_steps_are_used() -> None:
+    settings = RolloutSettings(TWO, 2, first_timesteps=FOUR)
+    given = torch.zeros(2, 2, 3, 2, 2, dtype=torch.float64)
+    calls = notes_of(1, False, settings, first_exit_step=3, given=given)[0].calls
+    assert [call.timestep for call in calls if call.first_frame == 2] == [*TWO, 0.0]
+    assert [call.timestep for call in calls if call.first_frame == 0] == [0.0]
+
+
+@pytest.mark.parametrize(("first", "exit_step"), [(FOUR, None), ((), 0)])
+def test_a_first_step_list_and_a_first_exit_step_come_together(first: tuple[float, ...], exit_step: int | None) -> None:
+    with pytest.raises(ValueError, match="the first segment has both or neither"):
+        notes_of(0, False, RolloutSettings(TWO, 2, first_timesteps=first), first_exit_step=exit_step)
+
+
+def test_noise_that_misses_a_step_of_the_longer_list_is_refused() -> None:
+    """With two steps' noise the context pass would get that of the second step again."""
+    settings = RolloutSettings(TWO, 2, first_timesteps=FOUR)
+    inputs = RolloutInputs(torch.zeros(3, 2, 6, 3, 2, 2), torch.zeros(2, 1, 1), 1, first_exit_step=3)
+    drawn = inputs._replace(noise=DrawnNoise(6, lambda first: torch.zeros(3, 2, 2, 3, 2, 2)))
+    for each in (inputs, drawn):
+        with pytest.raises(ValueError, match="3 noises of frame 0, where the step lists need 5"):
+            next(segments(Recorder(), settings, each, KVCache(CacheShape(1, 2, 6, 1, 1, 1), CPU, torch.float32)))
+
+
+def test_all_steps_of_each_list() -> None:
+    assert RolloutSettings(FOUR, 3).last_steps == (3, None)
+    assert RolloutSettings(TWO, 3, first_timesteps=FOUR).last_steps == (1, 3)
+    assert RolloutSettings((1000.0,), 1, first_timesteps=FOUR).last_steps == (0, 3)
+
+
+# --- rollouts longer than what is trained --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 2, 4])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_segments_before_the_gradient_run_as_context_does(start: int, with_gradient: bool) -> None:
+    settings = RolloutSettings(TWO, 2)
+    network, _ = notes_of(1, with_gradient, settings, gradient_from=start)
+    whole, _ = notes_of(1, with_gradient, settings)
+    assert [(c.first_frame, c.timestep) for c in network.calls] == [(c.first_frame, c.timestep) for c in whole.calls]
+    assert all(torch.equal(one.latent, other.latent) for one, other in zip(network.calls, whole.calls, strict=True))
+    exits = [call for call in network.calls if call.timestep == TWO[1]]
+    assert [call.capture for call in exits] == [7 if call.first_frame >= start else 0 for call in exits]
+    graphs = [call.first_frame for call in network.calls if call.with_gradient]
+    assert graphs == ([first for first in (0, 2, 4) if first >= start] if with_gradient else [])
+    # the text's keys and values are computed again where they have a graph, and nowhere else
+    assert all(call.text_cached != call.with_gradient for call in network.calls[1:])
+
+
+@pytest.mark.parametrize("start", [-2, 1, 3, 6, 8])
+def test_gradient_begins_with_a_segment_of_the_rollout(start: int) -> None:
+    with pytest.raises(ValueError, match=f"gradient from frame {start} begins with no segment of 2 of the 6 frames"):
+        notes_of(0, True, RolloutSettings(TWO, 2), gradient_from=start)
+
+
+def test_a_leaky_rollout_lets_go_of_what_left_the_window() -> None:
+    contexts = []
+
+    class Watched(Recorder):
+        def __call__(self, latent: Tensor, timesteps: Tensor, text: Tensor, past: Past, capture: int) -> Output:
+            output = super().__call__(latent, timesteps, text, past, capture)
+            contexts.append(ref(output.keys_values[0][0]))
+            return output
+
+    cache = KVCache(CacheShape(1, 1, 5, 1, 1, 1, window=2), CPU, torch.float64)
+    inputs = RolloutInputs(torch.zeros(2, 1, 6, 3, 2, 2, dtype=torch.float64), torch.zeros(1, 1, 1), 0, gradient_from=5)
+    alive = []
+    for _ in segments(Watched(), RolloutSettings((1000.0,), 1, leaky=True), inputs, cache):
+        alive.append([i // 2 for i, held in enumerate(contexts) if i % 2 and held() is not None])
+    assert alive == [[], [0], [0, 1], [1, 2], [2, 3], [3, 4]]
+
+
+# --- what is kept --------------------------------------------------------------------------------------------
+
+
 def test_only_the_context_pass_is_cached() -> None:
     cache = KVCache(CacheShape(1, 2, 4, 1, 1, 1), CPU, torch.float64)
     noise = torch.zeros(4, 2, 6, 3, 2, 2, dtype=torch.float64)
@@ -139,7 +255,7 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One rollout of the tiny network."""
+    """One rollout of the tiny network. held: frames of its cache; 0 for all that are ever written."""
 
     per_segment: int = 2
     exit_step: int = 1
@@ -148,24 +264,40 @@ class Case:
     window: int = 0
     sink: int = 0
     frames: int = FRAMES
+    timesteps: tuple[float, ...] = TIMESTEPS
+    first: tuple[float, ...] = ()
+    first_exit: int | None = None
+    gradient_from: int = 0
+    held: int = 0
 
     @property
     def count(self) -> int:
         return self.frames // self.per_segment
 
     @property
-    def settings(self) -> RolloutSettings:
-        return RolloutSettings(TIMESTEPS, self.per_segment, self.context_timestep, self.leaky)
+    def trained(self) -> range:
+        """Segments with a graph."""
+        return range(self.gradient_from // self.per_segment, self.count)
 
-    def cache(self, frames: int) -> KVCache:
-        """A cache that holds `frames` frames and shows the window."""
-        heads = SHAPE.heads
+    def schedule(self, segment: int) -> tuple[tuple[float, ...], int]:
+        """Timesteps and exit step of a segment."""
+        if segment == 0 and self.first_exit is not None:
+            return self.first, self.first_exit
+        return self.timesteps, self.exit_step
+
+    @property
+    def settings(self) -> RolloutSettings:
+        return RolloutSettings(self.timesteps, self.per_segment, self.context_timestep, self.leaky, self.first)
+
+    def cache(self, frames: int = 0) -> KVCache:
+        """A cache that holds `frames` frames (else as many as the case says) and shows the window."""
+        heads, frames = SHAPE.heads, frames or self.held or self.frames - self.per_segment
         shape = CacheShape(SHAPE.blocks, 1, frames, TOKENS, heads, SHAPE.dim // heads, self.sink, self.window)
         return KVCache(shape, CPU, torch.float64)
 
     def inputs(self) -> RolloutInputs:
-        noise = torch.stack([latents(10 + i, 1, self.frames) for i in range(len(TIMESTEPS) + 1)])
-        return RolloutInputs(noise, prompts(2, 1), self.exit_step, capture=2)
+        noise = torch.stack([latents(10 + i, 1, self.frames) for i in range(self.settings.noises)])
+        return RolloutInputs(noise, prompts(2, 1), self.exit_step, 2, None, self.first_exit, self.gradient_from)
 
     def visible(self, first: int) -> list[int]:
         if not self.window:
@@ -226,15 +358,16 @@ class Reference:
     def _segment(self, segment: int) -> None:
         past = self._prefix(segment)
         noisy = self._noise(0, segment)
+        timesteps, exit_step = self.case.schedule(segment)
         with torch.no_grad():
-            for step in range(self.inputs.exit_step):
-                sigma, following = TIMESTEPS[step] / 1000, TIMESTEPS[step + 1] / 1000
-                clean = noisy - sigma * self._pass(segment, noisy, TIMESTEPS[step], past).velocity
+            for step in range(exit_step):
+                sigma, following = timesteps[step] / 1000, timesteps[step + 1] / 1000
+                clean = noisy - sigma * self._pass(segment, noisy, timesteps[step], past).velocity
                 noisy = (1 - following) * clean + following * self._noise(step + 1, segment)
-        timestep = TIMESTEPS[self.inputs.exit_step]
-        output = self._pass(segment, noisy, timestep, past)
-        self.latents.append(noisy - timestep / 1000 * output.velocity)
-        self.states.append(output.hidden)
+        with torch.set_grad_enabled(segment in self.case.trained and torch.is_grad_enabled()):
+            output = self._pass(segment, noisy, timesteps[exit_step], past)
+            self.latents.append(noisy - timesteps[exit_step] / 1000 * output.velocity)
+        self.states += [output.hidden] * (segment in self.case.trained)
         self.exits.append(output.keys_values)
 
     def _prefix(self, segment: int) -> KeysValues | None:
@@ -280,10 +413,11 @@ def loss_of(segment: int, video: Tensor, state: Tensor) -> Tensor:
     return (weights[0] * video).sum() + (weights[1] * state).sum()
 
 
+@remembered
 def reference_gradients(case: Case) -> tuple[dict[str, Tensor], Reference]:
     network = wan()
     reference = Reference(network, case, case.inputs())
-    losses = [loss_of(i, reference.latents[i], reference.states[i]) for i in range(case.count)]
+    losses = [loss_of(i, reference.latents[i], state) for i, state in zip(case.trained, reference.states, strict=True)]
     torch.stack(losses).sum().backward()
     return gradients(network), reference
 
@@ -299,7 +433,30 @@ GRADIENT_CASES = [
     Case(per_segment=1, exit_step=0, frames=4),
     Case(context_timestep=100.0, exit_step=2),
     Case(per_segment=1, window=2, sink=1, frames=5),
+    # one, two and four steps, and a first segment with more of them
+    Case(timesteps=(1000.0,), exit_step=0),
+    Case(timesteps=FOUR, exit_step=3, frames=4),
+    Case(timesteps=TWO, exit_step=1, first=FOUR, first_exit=2, frames=4, context_timestep=50.0),
+    Case(per_segment=1, timesteps=(1000.0,), exit_step=0, first=FOUR, first_exit=3, frames=3),
+    Case(timesteps=FOUR, exit_step=2, first=TWO, first_exit=0, frames=4),
+    # longer than what is trained; caches that hold no more than backward reads, rings that overwrote the rest
+    Case(gradient_from=2),
+    Case(timesteps=TWO, first=FOUR, first_exit=1, gradient_from=4),
+    Case(per_segment=1, exit_step=0, frames=6, gradient_from=3, window=2, held=4),
+    Case(per_segment=1, exit_step=0, frames=8, gradient_from=5, window=3, sink=1, held=5),
+    Case(per_segment=2, exit_step=0, frames=12, gradient_from=8, window=4, sink=2, held=6),
+    Case(per_segment=1, exit_step=0, frames=8, gradient_from=5, window=2, sink=2),  # of sinks alone: all frames
 ]
+
+
+def video_and_gradients(case: Case, cache: KVCache) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """Video, states and the gradients of all losses from the code under test, with recomputation."""
+    network = saving_network()
+    video, states = rollout(causal(network), case.settings, case.inputs(), cache)
+    parts = video.split(case.per_segment, dim=1)
+    losses = [loss_of(i, parts[i], state) for i, state in zip(case.trained, states, strict=True)]
+    torch.stack(losses).sum().backward()
+    return video, states, gradients(network)
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
@@ -307,14 +464,34 @@ GRADIENT_CASES = [
 def test_joint_gradients_are_those_of_recomputed_prefixes(case: Case, leaky: bool) -> None:
     case = Case(**{**vars(case), "leaky": leaky})
     expected, reference = reference_gradients(case)
-    network = saving_network()
-    video, states = rollout(causal(network), case.settings, case.inputs(), case.cache(case.frames - case.per_segment))
+    video, states, found = video_and_gradients(case, case.cache())
     torch.testing.assert_close(video, torch.cat(reference.latents, 1), rtol=0, atol=1e-12)
     torch.testing.assert_close(states, reference.states, rtol=0, atol=1e-12)
-    parts = video.split(case.per_segment, dim=1)
-    torch.stack([loss_of(i, parts[i], states[i]) for i in range(case.count)]).sum().backward()
+    assert [part.requires_grad for part in video.split(1, dim=1)] == [True] * case.frames  # joined
     assert max(gradient.abs().max() for gradient in expected.values()) > 1
-    assert largest_difference(gradients(network), expected) < 1e-10
+    assert largest_difference(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("case", [case for case in GRADIENT_CASES if case.held and not case.sink], ids=str)
+def test_a_cache_of_one_segment_less_would_spoil_the_gradient(case: Case) -> None:
+    """Its values are right, and recomputation finds other ones: what a cache must hold is what `segments` says."""
+    assert case.held == case.frames - case.gradient_from - case.per_segment + case.window
+    expected, reference = reference_gradients(case)
+    video, _, found = video_and_gradients(case, case.cache(case.held - case.per_segment))
+    torch.testing.assert_close(video, torch.cat(reference.latents, 1), rtol=0, atol=1e-12)
+    assert largest_difference(found, expected) > 1e-3
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_nothing_before_the_gradient_gets_any(leaky: bool) -> None:
+    """At exit step 0 the noise of a segment enters its exit pass and nothing else that has a graph."""
+    case = Case(exit_step=0, leaky=leaky, gradient_from=2)
+    inputs = case.inputs()
+    noise = tensor(inputs.noise).requires_grad_()
+    video, states = rollout(causal(saving_network()), case.settings, inputs, case.cache())
+    assert len(states) == 2
+    (gradient,) = torch.autograd.grad(video.square().sum(), noise)
+    assert [bool(part.any()) for part in gradient[0].split(2, dim=1)] == [False, True, True]
 
 
 def test_gradients_of_single_segments_are_exact_in_any_order_of_backward() -> None:
@@ -436,11 +613,95 @@ def test_caches_of_a_recipe_count_the_current_segment_into_the_window(
     assert seen[4] == fifth_segment_sees
 
 
+def views_of(case: Case, held: int) -> tuple[bool, bool]:
+    """Whether a cache of so many frames changes, by the end of the rollout, what a segment with a graph was shown;
+    and whether it was ever shown a copy."""
+    cache = case.cache(held)
+    start, size = cache._store.data_ptr(), cache._store.nbytes
+    shown, copied = [], False
+    for segment in range(case.count):
+        if segment in case.trained:
+            view = cache.view()[0]
+            shown += [(part, part.clone()) for part in view]
+            copied |= any(part.numel() and not start <= part.data_ptr() < start + size for part in view)
+        if segment + 1 < case.count:
+            own = latents(segment, 1, case.per_segment).flatten()[: case.per_segment * TOKENS]
+            own = own.view(1, -1, 1, 1).expand(-1, -1, SHAPE.heads, SHAPE.dim // SHAPE.heads)
+            cache.write(((own, own),) * SHAPE.blocks)
+    return any(not torch.equal(part, then) for part, then in shown), copied
+
+
+@pytest.mark.parametrize(("window", "sink"), [(0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (3, 2), (1, 1), (2, 2)])
+def test_what_a_cache_must_hold_for_backward(window: int, sink: int) -> None:
+    """All lengths of a rollout and of what is trained of it, in segments: enough is enough, and less is not."""
+    smaller = set()
+    for count in range(2, 13):
+        for trained in range(1, count + 1):
+            case = Case(2, window=2 * window, sink=2 * sink, frames=2 * count, gradient_from=2 * (count - trained))
+            kept = kept_frames(case.frames, 2 * trained, 2, case.window, case.sink)
+            assert kept <= case.frames - 2
+            assert views_of(case, kept) in ([(False, True), (False, False)] if sink else [(False, False)]), case
+            smaller.add(kept < case.frames - 2)
+            if window > 1 and not sink and trained > 1 and case.window < kept - 2 and case.gradient_from:
+                assert views_of(case, kept - 2) != (False, False), case
+    assert smaller == ({False} if window in (0, sink) else {True, False})
+
+
+def test_what_the_cache_of_a_long_rollout_holds() -> None:
+    assert kept_frames(21, 21, 3, 18) == 18
+    assert kept_frames(63, 21, 3, 18) == 60  # a ring of 36 would show copies of 72 frames
+    assert kept_frames(252, 21, 3, 18) == 42
+    assert kept_frames(252, 21, 3, 0) == 249
+
+
 def test_settings_of_a_recipe_are_warped() -> None:
     recipe = load(SMALL, ["rollout.steps=[1000, 750, 500, 250]", "flow.shift=5", "rollout.kv_grad=leaky"]).recipe
     settings = rollout_settings(recipe)
     assert settings.timesteps == pytest.approx((1000, 937.5, 2500 / 3, 625))
     assert (settings.frames_per_segment, settings.context_timestep, settings.leaky) == (3, 0.0, True)
+
+
+# --- what of a long rollout is scored ------------------------------------------------------------------------
+
+
+def test_a_long_rollout_is_scored_as_a_video_that_begins_with_a_picture() -> None:
+    vae = LinearVae()
+    rolled = 0.1 * torch.randn(2, 9, 16, 2, 3, generator=generator(1))
+    rolled.requires_grad_()
+    clip = scored_clip(rolled, 6, 3, lambda latents: vae.encode(vae.decode(latents)[:, -1:]))
+    assert torch.equal(clip.latents[:, 1:], rolled[:, 4:])
+    pictures = vae.decode(rolled)
+    torch.testing.assert_close(vae.decode(clip.latents), pictures[:, 12:], rtol=0, atol=1e-5)
+    assert pictures[:, 12:].shape[1] == 1 + 4 * 5
+    assert clip.gradient_mask is not None
+    assert clip.gradient_mask.tolist() == [False] * 3 + [True] * 3
+    (gradient,) = torch.autograd.grad(clip.latents.sum(), rolled)
+    assert gradient[:, 4:].eq(1).all() and not gradient[:, :4].any()
+
+
+def test_the_picture_is_made_without_graph_of_all_frames_up_to_it() -> None:
+    rolled = latents(1, 2, 5).bfloat16().requires_grad_()
+    asked = []
+
+    def as_image(prefix: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        asked.append(prefix)
+        return torch.full_like(prefix[:, :1], 7.0, dtype=torch.float32)  # an autoencoder computes in float32
+
+    clip = scored_clip(rolled, 3, 1, as_image)
+    assert clip.latents.dtype == torch.bfloat16 and clip.latents[:, 0].eq(7).all()
+    assert torch.equal(asked[0], rolled[:, :3]) and not asked[0].requires_grad
+
+
+def test_a_rollout_as_long_as_what_is_trained_is_scored_as_it_is() -> None:
+    def never(prefix: Tensor) -> Tensor:
+        raise AssertionError
+
+    rolled = latents(1, 1, 6)
+    clip = scored_clip(rolled, 6, 2, never)
+    assert clip.latents is rolled and clip.gradient_mask is None
+    with pytest.raises(ValueError, match="a rollout of 6 frames has no last 8 frames"):
+        scored_clip(rolled, 8, 2, never)
 
 
 # --- noise that comes when it is needed, and segments that are given -----------------------------------------

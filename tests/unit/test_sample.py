@@ -56,10 +56,10 @@ def text(seed: int = 2) -> Tensor:
     return tiny_wan.prompts(seed, 1, torch.float32)
 
 
-def whole_noise(seed: int, length: int, frames: int) -> Tensor:
+def whole_noise(seed: int, length: int, frames: int, noises: int = 4) -> Tensor:
     """The noise of a video in one tensor."""
     segments = [
-        torch.stack([draws(seed).normal("sample", i, step, [0], (length, 16, 4, 6)) for step in range(4)])
+        torch.stack([draws(seed).normal("sample", i, step, [0], (length, 16, 4, 6)) for step in range(noises)])
         for i in range(frames // length)
     ]
     return torch.cat(segments, dim=2)
@@ -74,6 +74,34 @@ def test_frames_are_those_of_a_rollout_bit_for_bit(length: int, window: int, sin
     latents, _ = rollout(ours.generator, ours.settings, inputs, ours.cache)
     assert frames.shape == (21, 3, 32, 48)
     assert torch.equal(frames, ours.vae.decode(latents)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [(1000.0, 900.0, 700.0, 300.0), (1000.0,)])
+def test_the_first_segment_goes_through_all_of_its_own_steps(first: tuple[float, ...]) -> None:
+    settings = RolloutSettings((1000.0, 500.0), LENGTH, 100.0, first_timesteps=first)
+    ours = sampler(settings=settings)
+    frames = torch.stack(list(ours.frames(text(), seed=7)))
+    noise = whole_noise(7, LENGTH, 6, max(2, len(first)) + 1)
+    inputs = RolloutInputs(noise, text(), exit_step=1, first_exit_step=len(first) - 1)
+    latents, _ = rollout(ours.generator, settings, inputs, ours.cache)
+    assert torch.equal(frames, ours.vae.decode(latents)[0])
+    plain, _ = rollout(
+        ours.generator,
+        RolloutSettings(first, LENGTH, 100.0),
+        RolloutInputs(noise[[*range(len(first)), -1], :, :LENGTH], text(), exit_step=len(first) - 1),
+        ours.cache,
+    )
+    assert torch.equal(latents[:, :LENGTH], plain)
+
+
+@torch.no_grad()
+def test_what_follows_a_given_image_uses_the_common_steps() -> None:
+    settings = RolloutSettings(STEPS, 1, 100.0, first_timesteps=(1000.0,))
+    ours, common = sampler(length=1, frames=4, settings=settings), sampler(length=1, frames=4)
+    image = ours.vae.encode(torch.full((1, 1, 3, 32, 48), 0.5))
+    one, other = (list(each.frames(text(), seed=3, given=image)) for each in (ours, common))
+    assert all(map(torch.equal, one, other))
 
 
 def test_pieces_come_segment_by_segment_and_noise_with_them() -> None:

@@ -36,9 +36,11 @@ MAY_DIFFER = (
     "name", "video.latent_frames", "video.latent_height", "video.latent_width", "world.speed", "world.radius",
     "world.radius_jitter", "text.dim", "text.length", "teacher.", "generator.", "critic.", "evaluate.",
     "data.prompts", "text.path", "vae.path", "rollout.window_frames", "rollout.sink_frames", "foresight.start_cycle",
-    "parallel.replicas", "checkpoint.every_cycles", "study.seeds",
+    "parallel.replicas", "checkpoint.every_cycles", "study.seeds", "ode.points", "ode.shard_size",
 )  # fmt: skip
-MAY_DIFFER_BELOW = (".cycles", ".batch.global_size", ".batch.micro_size", ".ema.start_update", ".warmup", ".path")
+MAY_DIFFER_BELOW = (
+    ".cycles", ".batch.global_size", ".batch.micro_size", ".ema.start_update", ".warmup", ".path", ".trajectories",
+)  # fmt: skip
 
 
 def small(path: Path, *overrides: str, ranks: int | None = None) -> tuple[Recipe, Recipe]:
@@ -276,6 +278,7 @@ def test_the_command_says_what_to_do_next(tmp_path: Path, capsys: pytest.Capture
         ([str(CHUNKWISE), "--ranks", "0"], "0 ranks cannot train anything"),
         ([str(CHUNKWISE), "foresight.wieght=1"], "did you mean foresight.weight?"),
         ([str(CHUNKWISE), "text.encoder=umt5"], "shrink with text.encoder=store"),
+        ([str(CHUNKWISE), "data.latents=x"], "data.latents has no tiny twin"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing(

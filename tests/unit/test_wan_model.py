@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mirai_dist.config import load
 from mirai_dist.cycle.roles import wan_shape
-from mirai_dist.models.wan import Capture, History, WanModel, WanShape
+from mirai_dist.models.wan import Capture, History, WanModel, WanOutput, WanShape
 from mirai_dist.models.wan.model import initialise, timestep_sinusoid
 from mirai_dist.parallel.recompute import recompute
 from tests.tiny_wan import (
@@ -238,19 +239,30 @@ def test_teacher_forcing_sees_clean_past_and_own_noise(segment_frames: int) -> N
         assert difference(noisy_frame=changed) == [segment[f] == segment[changed] for f in range(4)]
 
 
-def cached_loop(
-    network: WanModel, clean: Tensor, noisy: Tensor, timesteps: Tensor, segment_frames: int
-) -> tuple[Tensor, Tensor]:
-    """Velocity and state (after two blocks) of every noisy segment, given clean keys and values, one at a time."""
-    text, past = prompts(2, clean.shape[0]), None
+class Inputs(NamedTuple):
+    """What a cached loop runs: noisy segments at their timesteps [B, F], after a past at its own (None: no past but
+    the noisy segments themselves, as in diffusion forcing)."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    past: tuple[Tensor, Tensor] | None
+
+
+def cached_loop(network: WanModel, inputs: Inputs, segment_frames: int) -> tuple[Tensor, Tensor]:
+    """Velocity and state (after two blocks) of every noisy segment, given keys and values, one segment at a time."""
+    noisy, timesteps, given = inputs
+    text, past = prompts(2, noisy.shape[0]), None
     velocities, hidden = [], []
-    for first in range(0, clean.shape[1], segment_frames):
+    for first in range(0, noisy.shape[1], segment_frames):
         segment = slice(first, first + segment_frames)
         history = History(past, None, first)
         output = network(noisy[:, segment], timesteps[:, segment], text, history=history, capture=Capture(2))
         velocities.append(output.velocity)
         hidden.append(output.hidden)
-        own = network(clean[:, segment], torch.zeros(clean.shape[0]), text, history=history).keys_values
+        if given is None:
+            own = output.keys_values
+        else:
+            own = network(given[0][:, segment], given[1][:, segment], text, history=history).keys_values
         if past is None:
             past = own
         else:
@@ -261,16 +273,86 @@ def cached_loop(
     return torch.cat(velocities, 1), torch.cat(hidden, 1)
 
 
+def drawn_timesteps(seed: int, segment_frames: int, highest: float = 1000.0) -> Tensor:
+    """[2, 6], independent between segments."""
+    draws = torch.rand(2, 6 // segment_frames, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (draws * highest).repeat_interleave(segment_frames, dim=1)
+
+
+def assert_same_pass(output: WanOutput, loop: tuple[Tensor, Tensor]) -> None:
+    torch.testing.assert_close(output.velocity, loop[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(output.hidden, loop[1], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("segment_frames", [1, 2])
 @torch.no_grad()
 def test_the_teacher_forced_forward_equals_the_cached_loop(segment_frames: int) -> None:
     network, clean, noisy = wan(), latents(1, 2, 6), latents(3, 2, 6)
-    draws = torch.rand(2, 6 // segment_frames, generator=torch.Generator().manual_seed(0)) * 1000
-    timesteps = draws.repeat_interleave(segment_frames, dim=1)
+    timesteps = drawn_timesteps(0, segment_frames)
     masked = network(noisy, timesteps, prompts(2, 2), clean=clean, segment_frames=segment_frames, capture=Capture(2))
-    velocities, hidden = cached_loop(network, clean, noisy, timesteps, segment_frames)
-    torch.testing.assert_close(masked.velocity, velocities, rtol=0, atol=1e-12)
-    torch.testing.assert_close(masked.hidden, hidden, rtol=0, atol=1e-12)
+    given = (clean, torch.zeros_like(timesteps))
+    assert_same_pass(masked, cached_loop(network, Inputs(noisy, timesteps, given), segment_frames))
+
+
+@pytest.mark.parametrize("segment_frames", [1, 2])
+@torch.no_grad()
+def test_a_noised_past_equals_the_cached_loop_over_that_past(segment_frames: int) -> None:
+    """Context noise: the clean half is modulated by the timesteps it was noised to, a segment its own."""
+    network, past, noisy = wan(), latents(1, 2, 6), latents(3, 2, 6)
+    timesteps, levels = drawn_timesteps(0, segment_frames), drawn_timesteps(5, segment_frames, highest=200.0)
+    text, options = prompts(2, 2), {"segment_frames": segment_frames, "capture": Capture(2)}
+    masked = network(noisy, timesteps, text, clean=past, clean_timesteps=levels, **options)
+    assert_same_pass(masked, cached_loop(network, Inputs(noisy, timesteps, (past, levels)), segment_frames))
+    plain = network(noisy, timesteps, text, clean=past, **options).velocity
+    differs = (masked.velocity - plain).abs().amax(dim=(0, 2, 3, 4)) > 1e-4
+    assert differs.tolist() == [False] * segment_frames + [True] * (6 - segment_frames)  # the first one has no past
+
+
+@torch.no_grad()
+def test_a_past_at_timestep_zero_changes_no_bit() -> None:
+    network, clean, noisy, text = wan(), latents(1, 2, 6), latents(3, 2, 6), prompts(2, 2)
+    at, options = drawn_timesteps(0, 2), {"clean": clean, "segment_frames": 2}
+    plain = network(noisy, at, text, **options).velocity
+    assert torch.equal(network(noisy, at, text, clean_timesteps=torch.zeros(2, 6), **options).velocity, plain)
+    each = network(noisy, at, text, clean_timesteps=torch.full((2, 6), 20.0), **options).velocity
+    one = network(noisy, at, text, clean_timesteps=torch.full((2,), 20.0), **options).velocity
+    torch.testing.assert_close(one, each, rtol=0, atol=1e-12)  # a timestep a sample is that of all its frames
+    assert (one - plain).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_timesteps_of_a_clean_half_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="clean_timesteps"):
+        wan()(latents(1, 1, 2), torch.zeros(1, 2), prompts(2, 1), clean_timesteps=torch.zeros(1), segment_frames=1)
+
+
+@pytest.mark.parametrize("segment_frames", [1, 2, 3])
+@torch.no_grad()
+def test_the_diffusion_forced_forward_equals_the_cached_loop(segment_frames: int) -> None:
+    """Each segment at its own timestep, after the keys and values of the noisy segments before it."""
+    network, noisy, timesteps = wan(), latents(3, 2, 6), drawn_timesteps(0, segment_frames)
+    masked = network(noisy, timesteps, prompts(2, 2), segment_frames=segment_frames, capture=Capture(2))
+    assert_same_pass(masked, cached_loop(network, Inputs(noisy, timesteps, None), segment_frames))
+
+
+@pytest.mark.parametrize("forcing", ["teacher", "noised teacher", "diffusion"])
+def test_training_in_one_pass_has_the_gradients_of_the_loop(forcing: str) -> None:
+    """Of every parameter, through the keys and values of the past too; with blocks recomputed as training does."""
+    one, loop = wan(), wan()
+    recompute(one, [f"blocks.{i}" for i in range(SHAPE.blocks)])
+    past, noisy, timesteps = latents(1, 2, 6), latents(3, 2, 6), drawn_timesteps(0, 2)
+    levels = drawn_timesteps(5, 2, highest=200.0) if forcing == "noised teacher" else torch.zeros(2, 6)
+    if forcing == "diffusion":
+        output = one(noisy, timesteps, prompts(2, 2), segment_frames=2)
+        inputs = Inputs(noisy, timesteps, None)
+    else:
+        output = one(noisy, timesteps, prompts(2, 2), clean=past, clean_timesteps=levels, segment_frames=2)
+        inputs = Inputs(noisy, timesteps, (past, levels))
+    goal = latents(7, 2, 6)
+    (output.velocity - goal).square().mean().backward()
+    (cached_loop(loop, inputs, 2)[0] - goal).square().mean().backward()
+    assert largest_difference(gradients(one), gradients(loop)) < 1e-12
+    assert min(gradient.abs().max() for gradient in gradients(one).values()) > 1e-6
 
 
 @torch.no_grad()

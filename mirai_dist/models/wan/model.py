@@ -198,6 +198,7 @@ class WanModel(nn.Module):
         text: Tensor,
         *,
         clean: Tensor | None = None,
+        clean_timesteps: Tensor | None = None,
         segment_frames: int = 0,
         history: History | None = None,
         capture: Capture = Capture(),
@@ -207,7 +208,9 @@ class WanModel(nn.Module):
         latent: [B, F, C, H, W]. timesteps: [B], or [B, F] for causal use; units 0..1000, may be fractional.
         text: [B, length, text_dim], zeros past the prompt; every position is attended (Wan has no text mask).
         clean: clean latents [B, F, C, H, W] for teacher forcing: the sequence becomes [clean at t=0 | latent].
-        segment_frames: 0 is bidirectional; else tokens see their own segment and earlier ones.
+        clean_timesteps: [B] or [B, F], what the clean half was noised to, if it was.
+        segment_frames: 0 is bidirectional; else tokens see their own segment and earlier ones (diffusion forcing,
+        where timesteps differ between segments).
         history: cached causal use; the sequence is one segment that sees itself and all of the history.
         """
         tokens, grid = self._embed_patches(latent)
@@ -217,15 +220,17 @@ class WanModel(nn.Module):
         rotary = rotary_table(grid, first_frame, self.shape.dim // self.shape.heads, latent.device, wide)
         segment_tokens = segment_frames * grid[1] * grid[2]
         pattern: Pattern = SegmentCausal(segment_tokens) if segment_frames else Full()
-        timesteps = timesteps if timesteps.ndim == 2 else timesteps.unsqueeze(1)
         noisy_time = time = self._embed_time(timesteps, dtype)
         if clean is not None:
             tokens = torch.cat((self._embed_patches(clean)[0], tokens), dim=1)
             rotary = (rotary[0].repeat(2, 1), rotary[1].repeat(2, 1))
             pattern = TeacherForced(segment_tokens)
             noisy_time = time.expand(-1, grid[0], -1)
-            clean_time = self._embed_time(torch.zeros_like(timesteps), dtype).expand_as(noisy_time)
+            clean_timesteps = torch.zeros_like(timesteps) if clean_timesteps is None else clean_timesteps
+            clean_time = self._embed_time(clean_timesteps, dtype).expand_as(noisy_time)
             time = torch.cat((clean_time, noisy_time), dim=1)
+        elif clean_timesteps is not None:
+            raise ValueError("clean_timesteps without clean latents")
         text_cached = history is not None and history.text_keys_values is not None
         inputs = BlockInputs(
             self.time_projection(time).unflatten(-1, (6, -1)),
@@ -270,6 +275,8 @@ class WanModel(nn.Module):
         return tokens, (latent.shape[1], rows, columns)
 
     def _embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, 1 or F, dim] of timesteps [B] or [B, F]."""
+        timesteps = timesteps if timesteps.ndim == 2 else timesteps.unsqueeze(1)
         return self.time_embedding(timestep_sinusoid(timesteps, self.shape.freq_dim).to(dtype))
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
