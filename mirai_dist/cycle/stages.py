@@ -66,12 +66,16 @@ class Run:
     @cached_property
     def vae(self) -> Vae:
         """The autoencoder, loaded when something first needs pixels: DMD alone never does."""
-        return vae_of(self.recipe, self.draws.device)
+        return self.clips.vae if isinstance(self.clips, WorldClips) else vae_of(self.recipe, self.draws.device)
 
     @property
     def negative(self) -> Tensor:
-        """Embedding [1, length, dim] of the negative prompt, on the device."""
-        return self.conditions.negative().to(self.draws.device)
+        """Embedding [1, length, dim] of the negative prompt, on the device; made once."""
+        # no cached_property: its lock is shared by ranks that are threads, and a sharded encoder makes all ranks meet
+        kept = vars(self)
+        if "_negative" not in kept:
+            kept["_negative"] = self.conditions.negative().to(self.draws.device)
+        return kept["_negative"]
 
     def encode(self, numbers: Sequence[int], samples: Sequence[int]) -> Tensor:
         """Prompt embeddings [len(samples), length, dim] of entries numbers[sample], on the device."""
