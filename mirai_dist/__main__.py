@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mirai_dist.runtime.guard import guarded
 from mirai_dist.runtime.signals import StopRequest
@@ -24,6 +24,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, required=True, help="recipe file")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto: go on where a run stopped")
+    parser.add_argument("--preflight", choices=("auto", "on", "off"), default="auto", help="auto: with several hosts")
+    parser.add_argument("--expect-transport", default="", help="what the ranks must talk over, such as ib,nvlink")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of recipe keys")
     return parser.parse_args(arguments)
 
@@ -39,19 +41,25 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.cycle.pipeline import Place, run_pipeline
     from mirai_dist.cycle.study import check_reportable, report
     from mirai_dist.observe.console import Console
-    from mirai_dist.runtime import bootstrap
+    from mirai_dist.runtime import bootstrap, preflight
 
     resolved = load(options.recipe, options.overrides)
     ranks = bootstrap.start()
+    early = "before anything was trained; run the same command again"
+    with stop.raising(Stopped(f"stopped by a signal {early}")):
+        examined = examine(options, ranks)
     if stop.agreed():
-        raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
+        raise Stopped(f"stopped by {stop.reason or 'a signal'} {early}")
     files.check(resolved.recipe, resolved.origins)
     check_layout(resolved.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
     used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
-    claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
+    texts = {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used}
+    claim(options, resolved.recipe, ranks, texts | ({preflight.RECORD: preflight.text(examined)} if examined else {}))
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
     try:
+        if examined:
+            console.say(f"pre-flight ({examined['seconds']} s): {examined['verdict']}: {examined['line']}")
         console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
         for line in used.splitlines():
             console.say(f"  {line}")
@@ -63,6 +71,17 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         console.close()
     bootstrap.stop(ranks)
     return 0
+
+
+def examine(options: argparse.Namespace, ranks: World) -> dict[str, Any] | None:
+    """The pre-flight, where this run has one (runtime/preflight.py). None: it has not."""
+    from mirai_dist.runtime import preflight
+    from mirai_dist.runtime.examination import Plan
+
+    expected = preflight.transports(options.expect_transport)
+    if not expected and not preflight.due(options.preflight, ranks):
+        return None
+    return preflight.run(ranks, Plan(options.run_dir, expected))
 
 
 def claim(options: argparse.Namespace, recipe: Recipe, ranks: World, texts: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mirai_dist.config import RecipeError
+from mirai_dist.node import transport
 
 CPU_RANKS = 2
 
@@ -21,6 +22,8 @@ class Request:
     run_dir: Path
     resume: str = "auto"
     nproc: int | None = None
+    preflight: str = "auto"
+    expected: str = ""
     overrides: tuple[str, ...] = ()
 
 
@@ -39,7 +42,11 @@ def prepare(request: Request, env: Mapping[str, str], gpus: int) -> Launch:
     gpus: how many this process sees. Variables the site has set are kept as they are.
     """
     ours = ["-m", "mirai_dist", "--recipe", str(request.recipe), "--run-dir", str(request.run_dir)]
-    ours += ["--resume", request.resume, *request.overrides]
+    ours += ["--resume", request.resume, "--preflight", request.preflight]
+    if request.expected:
+        ours += ["--expect-transport", request.expected]
+        env = {**env, **transport.wanted(env, request.run_dir / "logs")}
+    ours += request.overrides
     started = started_ranks(env)
     if started is not None:
         if request.nproc not in (None, started):

@@ -76,7 +76,7 @@ def leave(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
 
 
 def _tell(error: BaseException, where: str, run_dir: Path, rank: int) -> None:
-    explains_itself = _class_code(error) == DO_NOT_REQUEUE
+    explains_itself = _class_code(error) in (DO_NOT_REQUEUE, SUSPECT_NODE)
     if explains_itself and rank != 0 and _rank_zero_tells(error, run_dir):
         return
     if not explains_itself:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from mirai_dist.config import files, load, rundir
 from mirai_dist.config.rules import check_layout
+from mirai_dist.node.transport import TRANSPORTS
 from mirai_launch import local
+
+TRANSPORT_HELP = f"stop unless the ranks talk over it ({', '.join(TRANSPORTS)})"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=_ranks, help="ranks on this machine (default: one a GPU, else 2)")
     parser.add_argument("--run-dir", type=Path, help="where everything is written (default: runs/<name>)")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the newest checkpoint")
+    parser.add_argument("--preflight", choices=("auto", "on", "off"), default="auto", help="auto: with several hosts")
+    parser.add_argument("--expect-transport", type=_transports, default="", metavar="NAME,...", help=TRANSPORT_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,12 +41,27 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
         recipe = resolved.recipe
         files.check(recipe, resolved.origins)
         run_dir = run_dir or rundir.default(recipe)
-    request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
+    request = local.Request(
+        arguments.recipe,
+        run_dir,
+        arguments.resume,
+        arguments.nproc,
+        arguments.preflight,
+        arguments.expect_transport,
+        tuple(arguments.overrides),
+    )
     launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
     if recipe is not None:
         check_layout(recipe, launch.ranks)
         rundir.check(run_dir, recipe, arguments.resume)
     return launch
+
+
+def _transports(text: str) -> str:
+    unknown = [name for name in text.split(",") if name not in TRANSPORTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(TRANSPORTS)}")
+    return text
 
 
 def _ranks(text: str) -> int:
