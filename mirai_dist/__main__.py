@@ -81,7 +81,7 @@ def examine(options: argparse.Namespace, ranks: World) -> dict[str, Any] | None:
     expected = preflight.transports(options.expect_transport)
     if not expected and not preflight.due(options.preflight, ranks):
         return None
-    return preflight.run(ranks, Plan(options.run_dir, expected))
+    return preflight.run(ranks, Plan(options.run_dir, os.environ, expected))
 
 
 def claim(options: argparse.Namespace, recipe: Recipe, ranks: World, texts: Mapping[str, str]) -> None:

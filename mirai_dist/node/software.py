@@ -126,18 +126,22 @@ def _python() -> Finding:
 
 
 def surroundings(env: Mapping[str, str], root: Path = Path("/")) -> list[Finding]:
-    """Container, and a launcher's variables where there is no launcher (a container's hook may set them)."""
+    """Container, and the site's network variables."""
     kinds = [kind for variable, kind in _CONTAINERS.items() if env.get(variable)]
     if (root / ".dockerenv").exists():
         kinds.append("docker")
-    rows = [Finding("container", "ok", ", ".join(kinds) or "none seen")]
-    injected = [name for name in _INJECTED if name in env]
-    if injected and "TORCHELASTIC_RUN_ID" not in env:
-        advice = "a run started here would take itself for one rank of many; unset them"
-        rows.append(Finding("launcher variables", "warn", f"set here: {', '.join(injected)}", advice))
-    named = settings(env)
-    rows.append(Finding("network variables", "ok", " ".join(f"{k}={v}" for k, v in named.items()) or "none set"))
-    return rows
+    named = " ".join(f"{name}={value}" for name, value in settings(env).items())
+    container = Finding("container", "ok", ", ".join(kinds) or "none seen")
+    return [container, Finding("network variables", "ok", named or "none set")]
+
+
+def injected(env: Mapping[str, str]) -> list[Finding]:
+    """A launcher's variables where there is no launcher, as some containers' hooks set them."""
+    names = [name for name in _INJECTED if name in env]
+    if not names:
+        return []
+    advice = "a run started here would take itself for one rank of many; unset them"
+    return [Finding("launcher variables", "warn", f"set here: {', '.join(names)}", advice)]
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:

@@ -6,7 +6,6 @@ runs in a thread: when it hangs, the ranks that still live say so, and the one t
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,11 +52,11 @@ class Crew:
 
 @dataclass(frozen=True)
 class Plan:
-    """folder: where checkpoints go. expected: transports that must be in use. env: of this process."""
+    """folder: where checkpoints go. env: of this process. expected: transports that must be in use."""
 
     folder: Path
+    env: Mapping[str, str]
     expected: tuple[str, ...] = ()
-    env: Mapping[str, str] = os.environ
     patience: Patience = Patience()
 
 
@@ -161,8 +160,9 @@ class Examination:
         except RuntimeError as error:
             self.call.tell("talk", {"error": (str(error).splitlines() or [type(error).__name__])[0]})
             return
-        values = {"link to other hosts": max(across, default=0.0), "link inside the host": max(inside, default=0.0)}
-        values["all-reduce"] = together
+        values = {"all-reduce": together}
+        values |= {"link to other hosts": max(across)} if across else {}
+        values |= {"link inside the host": max(inside)} if inside else {}
         self.call.tell("talk", {"values": values, "marks": marks, "used": asdict(used)})
 
     def _hear(self, talkers: Sequence[int]) -> None:

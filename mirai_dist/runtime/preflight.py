@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ class SuspectNode(RuntimeError):
     """The pre-flight names hosts that are unfit. One line; the job should start again without them."""
 
     exit_code = SUSPECT_NODE
+    shared = True  # all ranks raise the same: rank 0 tells it
+
+    def __init__(self, what: str, suspects: Sequence[str]) -> None:
+        super().__init__(what)
+        self.suspects = list(suspects)  # what the next start should avoid
 
 
 class NotFit(RuntimeError):
@@ -69,7 +74,7 @@ def run(world: bootstrap.World, plan: Plan) -> dict[str, Any]:
 def refuse(found: Mapping[str, Any]) -> None:
     """Raise what a record amounts to: SuspectNode, NotFit, or nothing."""
     if found["verdict"] == "suspect":
-        raise SuspectNode(f"pre-flight: {found['line']}; leave out {','.join(found['suspects'])}")
+        raise SuspectNode(f"pre-flight: {found['line']}", list(found["suspects"]))
     if found["verdict"] == "fail":
         raise NotFit(f"pre-flight: {found['line']}")
 
@@ -103,10 +108,11 @@ def choose(verdict: Verdict, wanted: int) -> tuple[list[str], dict[str, str]]:
     fit = [host for host in verdict.hosts if host not in unfit]
     ranked = sorted(fit, key=lambda host: (bool(verdict.reasons(host)), -verdict.paces[host]))
     chosen = set(ranked[:wanted])
+    common = set.intersection(*(set(verdict.reasons(host)) for host in fit)) if fit else set()
     left = dict(unfit)
     for host in ranked[wanted:]:
-        why = verdict.reasons(host) or [f"its worst measure is {verdict.paces[host]:.2f} of the median"]
-        left[host] = f"spare; {why[0]}"
+        own = [reason for reason in verdict.reasons(host) if reason not in common]
+        left[host] = "; ".join(["spare", *own, f"worst measure {verdict.paces[host]:.2f} of the median"])
     return [host for host in verdict.hosts if host in chosen], left
 
 
@@ -138,7 +144,7 @@ def select(options: argparse.Namespace, env: Mapping[str, str]) -> int:
 
     call = RollCall(dist.PrefixStore("preflight", store), place.rank, place.world_size)
     crew = Crew(call, device, hosts_of_ranks(env), expected_nodes(env), join)
-    found = Examination(crew, Plan(options.run_dir, (), env, patience)).hold(conclude)
+    found = Examination(crew, Plan(options.run_dir, env, patience=patience)).hold(conclude)
     if place.rank != 0:
         return 0  # rank 0 speaks
     if len(found["chosen"]) < options.select or found["verdict"] == "fail":

@@ -64,6 +64,7 @@ class Verdict:
 
     hosts: tuple[str, ...]
     found: tuple[tuple[str, Finding], ...]
+    reports: tuple[Report, ...]
     medians: Mapping[str, float]
     paces: Mapping[str, float]
 
@@ -89,12 +90,15 @@ class Verdict:
         """The verdict in one line."""
         if self.level == "ok":
             return f"{len(self.hosts)} hosts, nothing to remark"
-        hosts: dict[str, list[str]] = {}
-        for host, finding in self.found:
-            if finding.level == self.level:
-                hosts.setdefault(str(finding), []).append(host)
-        rows = [f"{_some(names)}: {text}" for text, names in hosts.items()]
+        rows = [f"{_some(hosts)}: {finding}" for finding, hosts in self.grouped() if finding.level == self.level]
         return _some(rows, "; ")
+
+    def grouped(self) -> list[tuple[Finding, list[str]]]:
+        """Each finding once, with the hosts it is about; worst first."""
+        hosts: dict[Finding, list[str]] = {}
+        for host, finding in self.found:
+            hosts.setdefault(finding, []).append(host)
+        return sorted(hosts.items(), key=lambda row: -LEVELS.index(row[0].level))
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -103,10 +107,19 @@ class Verdict:
             "line": self.line(),
             "hosts": list(self.hosts),
             "suspects": self.suspects,
-            "findings": [{"host": host, **asdict(finding)} for host, finding in self.found],
+            "findings": [{**asdict(finding), "hosts": hosts} for finding, hosts in self.grouped()],
             "medians": dict(self.medians),
-            "paces": dict(self.paces),
+            "ranks": [_row(report) for report in self.reports],
         }
+
+
+def _row(report: Report) -> dict[str, Any]:
+    row: dict[str, Any] = {"rank": report.rank, "host": report.host, "measured": dict(report.values)}
+    if report.clock:
+        row["clock"] = {"ahead_of_first": report.clock[0], "uncertainty": report.clock[1]}
+    if report.across or report.inside:
+        row["transport"] = {"to_other_hosts": report.across, "inside_the_host": report.inside}
+    return row
 
 
 def _some(names: Sequence[str], separator: str = ", ") -> str:
@@ -143,17 +156,15 @@ def judge(
     if nodes is not None and nodes != len(hosts):
         what = f"the launcher speaks of {nodes} nodes, and the ranks are on {len(hosts)}"
         found.append((EVERYWHERE, Finding("hosts", "warn", what, "check the task shape of srun or torchrun")))
-    medians: dict[str, float] = {}
+    names = dict.fromkeys(name for report in reports for name in report.values)
+    medians = {name: statistics.median(each.values[name] for each in reports if name in each.values) for name in names}
     paces = dict.fromkeys(hosts, 1.0)
     for measure in measures:
         samples = [Sample(each.host, each.rank, value) for each in reports if (value := each.values.get(measure.name))]
-        if not samples:
-            continue
-        medians[measure.name] = middle = statistics.median(sample.value for sample in samples)
         found += [(host, _short(outlier, measure)) for host, outlier in by_host(slow(samples, measure)).items()]
         for sample in samples if measure.suspect else ():
-            paces[sample.host] = min(paces[sample.host], sample.value / middle)
-    return Verdict(hosts, tuple(found), medians, paces)
+            paces[sample.host] = min(paces[sample.host], sample.value / medians[measure.name])
+    return Verdict(hosts, tuple(found), tuple(reports), medians, paces)
 
 
 def silent(host: str, stage: str, seconds: float) -> tuple[str, Finding]:

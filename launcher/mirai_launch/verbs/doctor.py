@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     node = examine.examine()
     _, folder = storage.checkpoints(arguments.folder)
     same, usual, found = dict(node.same), dict(node.usual), [*software.packages(), *node.findings, folder]
+    found += software.injected(os.environ)
     if software.version("torch"):
         facts = ask_torch(node.gpus)
         found += [Finding(**row) for row in facts["findings"]]
