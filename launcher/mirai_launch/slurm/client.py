@@ -69,6 +69,11 @@ class Scheduler:
         """Put a job, or one element of an array, back into the queue. Raises SchedulerError."""
         self._run("scontrol", "requeue", job)
 
+    def exclude(self, job: str, hosts: Sequence[str]) -> None:
+        """Keep these hosts out of the job's next start, beside those it avoids already. Raises SchedulerError."""
+        known = parse.excluded(self._run("scontrol", "-o", "show", "job", job))
+        self._run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(dict.fromkeys([*known, *hosts]))}")
+
     def _run(self, *command: str) -> str:
         # One form of times, whatever the user's environment asks these commands to print.
         env = {**os.environ, "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}

@@ -96,6 +96,12 @@ def show_job(text: str) -> list[Job]:
     return [_from_scontrol(line) for line in text.splitlines() if line.strip() and not line.startswith("No jobs")]
 
 
+def excluded(text: str) -> tuple[str, ...]:
+    """Hosts that the job in `scontrol -o show job` avoids."""
+    found = re.search(r" ExcNodeList=(\S*)", text)
+    return _hosts(found.group(1)) if found else ()
+
+
 def squeue(text: str) -> list[Job]:
     """Jobs of `squeue -h -O` with SQUEUE_FIELDS, each ended by a bar. Raises ParseError."""
     return [_from_squeue(line) for line in text.splitlines() if line.strip()]
