@@ -32,8 +32,8 @@ class Extent:
     link_seconds: float
 
 
-GPU = Extent(rows=8192, dtype=torch.bfloat16, message=1 << 24, seconds=2.0, link_seconds=0.2)
-CPU = Extent(rows=384, dtype=torch.float32, message=1 << 16, seconds=1.0, link_seconds=0.25)
+GPU = Extent(rows=8192, dtype=torch.bfloat16, message=1 << 24, seconds=1.0, link_seconds=0.2)
+CPU = Extent(rows=384, dtype=torch.float32, message=1 << 16, seconds=0.5, link_seconds=0.25)
 
 
 def extent(device: torch.device) -> Extent:
@@ -42,25 +42,32 @@ def extent(device: torch.device) -> Extent:
 
 
 def gemm(device: torch.device) -> float:
-    """Sustained FLOP/s of square matrix products. Raises WrongResult if one of known outcome comes out wrong."""
+    """Sustained FLOP/s of square matrix products, the better of two stretches: one disturbance accuses nobody.
+
+    Raises WrongResult if a product of known outcome comes out wrong.
+    """
     what = extent(device)
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(what.rows, what.rows, generator=generator, device=device, dtype=what.dtype) for _ in "ab")
     for _ in range(3):
         torch.mm(a, b)
     _wait(device)
-    begin, done = time.perf_counter(), 0
-    while time.perf_counter() - begin < what.seconds:
-        for _ in range(8):
-            torch.mm(a, b)
-        _wait(device)
-        done += 8
-    speed = done * 2 * what.rows**3 / (time.perf_counter() - begin)
+    speed = max(_sustained(a, b, what.seconds) for _ in range(2))
     ones = torch.ones_like(a)
     product = torch.mm(ones, ones)
     if not bool((product == what.rows).all()):
         raise WrongResult(f"{what.rows} ones times {what.rows} ones is not {what.rows} everywhere")
     return speed
+
+
+def _sustained(a: torch.Tensor, b: torch.Tensor, seconds: float) -> float:
+    begin, done = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        for _ in range(4):
+            torch.mm(a, b)
+        _wait(a.device)
+        done += 4
+    return done * 2 * a.shape[0] ** 3 / (time.perf_counter() - begin)
 
 
 def links(hosts: Sequence[str], device: torch.device) -> tuple[list[float], list[float]]:

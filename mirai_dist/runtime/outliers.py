@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SPREAD = 5.0  # how many robust standard deviations below the median are still chance
+NO_CHANCE = 0.8  # a shortfall, as a fraction of the median, that no spread excuses: few samples can spread widely
 _NORMAL = 1.4826  # of the median absolute deviation: the standard deviation of a normal distribution
 
 
@@ -42,7 +43,7 @@ class Outlier:
 
 
 def slow(samples: Sequence[Sample], measure: Measure) -> list[Outlier]:
-    """Samples that fall short of the median of all others, by more than their spread and more than the floor.
+    """Samples that fall short of the median of all others by more than their spread, and by more than the floor.
 
     A sample is left out of its own yardstick, or one of two could never be told from the other. The bad ones must be
     fewer than half: of two slow hosts in three, neither is named.
@@ -54,7 +55,7 @@ def slow(samples: Sequence[Sample], measure: Measure) -> list[Outlier]:
             continue
         median = statistics.median(others)
         spread = _NORMAL * statistics.median([abs(value - median) for value in others])
-        if sample.value < median - max(SPREAD * spread, measure.floor * median):
+        if sample.value < median - max(measure.floor * median, min(SPREAD * spread, NO_CHANCE * median)):
             found.append(Outlier(sample, median))
     return found
 

@@ -66,7 +66,9 @@ def run(world: bootstrap.World, plan: Plan) -> dict[str, Any]:
             write(plan.folder / RECORD, document)  # a run that goes on writes it when the directory is its own
         return document
 
-    found = Examination(Crew(call, world.device, nodes=expected_nodes(plan.env)), plan).hold(conclude)
+    hosts = hosts_of_ranks(plan.env)
+    crew = Crew(call, world.device, hosts if len(hosts) == world.world_size else [], expected_nodes(plan.env))
+    found = Examination(crew, plan).hold(conclude)
     refuse(found)
     return found
 
@@ -158,7 +160,10 @@ def select(options: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 
 def hosts_of_ranks(env: Mapping[str, str]) -> list[str]:
-    """The node of every task of this SLURM step, as --distribution=block lays them out; empty without SLURM."""
+    """The node of every task of this SLURM step, as --distribution=block lays them out; empty without SLURM.
+
+    Under torchrun the tasks are its agents, not the ranks.
+    """
     if "SLURM_STEP_NODELIST" not in env:
         return []
     hosts = nodelist.expand(env["SLURM_STEP_NODELIST"])

@@ -21,7 +21,7 @@ ON_GPU = (
     Measure("writing checkpoints", "MB/s", floor=0.75, suspect=False, scale=1e-6),
 )
 ON_CPU = (
-    Measure("matrix products", "TFLOP/s", floor=0.8, scale=1e-12),
+    Measure("matrix products", "TFLOP/s", floor=0.75, scale=1e-12),
     Measure("link to other hosts", "GB/s", floor=0.9, suspect=False, scale=1e-9),
     Measure("link inside the host", "GB/s", floor=0.9, suspect=False, scale=1e-9),
     Measure("writing checkpoints", "MB/s", floor=0.9, suspect=False, scale=1e-6),
