@@ -168,7 +168,7 @@ def _measured(gate: Gate, parent: Source) -> tuple[Started, list[Judged]]:
     role = studio.builder.wan("generator", job.recipe.generator, None, load)
     [started] = found
     if started.kind == "diffusion":
-        raise FileError(parent.path, f"is bidirectional, and {gate.title} rolls out causal networks; drop the gate")
+        raise FileError(parent.path, f"is bidirectional, and {gate.title} rolls out causal networks; drop it")
     place.console.say(f"{gate.title}: {stage.gate.clips} clips of {started}")
     clips, latents = studio.causal_latents(started.kind, role, stage.batch.micro_size)
     _write_samples(gate, studio, clips, latents)
