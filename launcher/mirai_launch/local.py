@@ -16,7 +16,8 @@ CPU_RANKS = 2
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked `mirai train` for. `nproc` None: as many ranks as there are GPUs, else two."""
+    """What the user asked `mirai train` for. `nproc` None: as many ranks as there are GPUs, else two; `only` empty:
+    all steps."""
 
     recipe: Path
     run_dir: Path
@@ -25,6 +26,7 @@ class Request:
     preflight: str = "auto"
     expected: str = ""
     overrides: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def prepare(request: Request, env: Mapping[str, str], gpus: int) -> Launch:
     gpus: how many this process sees. Variables the site has set are kept as they are.
     """
     ours = ["-m", "mirai_dist", "--recipe", str(request.recipe), "--run-dir", str(request.run_dir)]
-    ours += ["--resume", request.resume, "--preflight", request.preflight]
+    ours += ["--resume", request.resume, *(f"--only={step}" for step in request.only)]
+    if request.preflight != "auto":
+        ours += ["--preflight", request.preflight]
     if request.expected:
         ours += ["--expect-transport", request.expected]
         env = {**env, **transport.wanted(env, request.run_dir / "logs")}

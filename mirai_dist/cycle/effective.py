@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from mirai_dist.config import schema
+from mirai_dist.config.gates import bounds_of, has_reference
 from mirai_dist.config.rules import accumulation
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
@@ -34,6 +36,7 @@ def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
         "prompts": recipe.data.prompts or "captions of the procedural world",
         "text": f"{recipe.text.encoder} {recipe.text.path}".strip(),
         "starts": _starts(recipe),
+        "gates": _gates(recipe),
         "denoising timesteps": list(warped_steps(recipe.rollout.steps, recipe.flow.shift)),
         "first segment's timesteps": list(warped_steps(recipe.rollout.first_steps, recipe.flow.shift)) or "the same",
         "rollout frames": recipe.rollout.total_frames or recipe.video.latent_frames,
@@ -57,6 +60,19 @@ def _starts(recipe: schema.Recipe) -> dict[str, str]:
                 weights = recipe.weights.get(source)
                 place = f"{weights.path} ({weights.which})" if weights else f"stage {source}"
                 found[f"{name} {role}"] = place
+    return found
+
+
+def _gates(recipe: schema.Recipe) -> dict[str, str]:
+    """What the start of each stage that has a gate is held against."""
+    found = {}
+    for name, stage in recipe.stages.items():
+        if stage.gate.clips:
+            bounds = bounds_of(recipe, name)
+            intervals = [f"{each.name} {bounds.of(each.name)}" for each in fields(bounds) if each.name != "failing"]
+            times = " times that of clean clips" if has_reference(recipe, name) else ""
+            held = f"{', '.join(intervals)}{times}; {bounds.failing:.0%} may be outside"
+            found[name] = f"{stage.gate.clips} clips of {stage.parent}: {held}"
     return found
 
 

@@ -94,13 +94,24 @@ def fill(network: nn.Module, source: Source, stage_kind: str, role: str) -> Star
     """
     if not source.published:
         load_network(source.path, _role_in(source.path, role), network, source.which)
-        digest = hashlib.sha256((source.path / MANIFEST).read_bytes()).hexdigest()
-        return Started(source, source.kind, digest[:16], "")
+        return Started(source, source.kind, _manifest_digest(source.path), "")
     # agreed: a rank whose copy of the file is broken must not leave the others waiting in the load
     file, kind = agreed(source.path, lambda: _opened(source, stage_kind, role))
     report = load_into(network, file)
     cost = f": {report.bytes_read / 1e6:,.1f} of {file.bytes / 1e6:,.1f} MB read by this rank, {report.seconds:.1f} s"
     return Started(source, kind, report.checksum, cost)
+
+
+def identity(source: Source) -> str:
+    """What tells these weights from others, without reading them whole. FileError, on all ranks, for a damaged file."""
+    if not source.published:
+        return _manifest_digest(source.path)
+    found = agreed(source.path, lambda: open_weights(source.path, source.which).identity())
+    return " ".join(found.values())
+
+
+def _manifest_digest(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def _opened(source: Source, stage_kind: str, role: str) -> tuple[WeightFile, str]:

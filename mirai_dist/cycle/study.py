@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mirai_dist.config import RecipeError, Resolved, schema
 from mirai_dist.config.digest import to_yaml
-from mirai_dist.cycle import account
+from mirai_dist.cycle import account, gate
 from mirai_dist.cycle.pipeline import Job, Place, jobs, make_run
 from mirai_dist.cycle.roles import Role
 from mirai_dist.cycle.stages import Run
@@ -192,6 +192,7 @@ def report(resolved: Resolved, place: Place) -> None:
         quality=measured.quality,
         probe=measured.probe,
         videos=measured.videos,
+        gates=gate.results(place.run_dir, recipe),
         curves=account.curves(every),
         timing=account.timings(every),
         recipe_yaml=to_yaml(recipe),

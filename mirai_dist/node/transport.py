@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TRANSPORTS = ("ib", "efa", "socket", "nvlink", "gloo")  # what may be expected
 _ACROSS = re.compile(r"\[(?:send|receive)\] via NET/([^/\s]+(?: [^/\s]+)*)/")
 _INSIDE = re.compile(r"Channel \d+(?:/\d+)? : \d+\[\w+\] -> \d+\[\w+\] via (P2P|SHM)\b")
 _PROVIDER = re.compile(r"NET/OFI Selected provider is (\w+)", re.IGNORECASE)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mirai_dist.config.cluster import TRANSPORTS
 from mirai_dist.config.error import RecipeError
 from mirai_dist.node import software
-from mirai_dist.node.transport import TRANSPORTS
 from mirai_dist.runtime import bootstrap, nodelist
 from mirai_dist.runtime.examination import Crew, Examination, Patience, Plan
 from mirai_dist.runtime.guard import DO_NOT_REQUEUE, SUSPECT_NODE, guarded
@@ -49,8 +49,8 @@ class NotFit(RuntimeError):
 
 
 def due(mode: str, world: bootstrap.World) -> bool:
-    """Whether a run of this mode (auto, on or off) has a pre-flight: by default where it spans several hosts."""
-    return mode == "on" or (mode == "auto" and world.world_size > world.local_size)
+    """Whether a run of this mode (auto, always or never) has a pre-flight: by default where it spans several hosts."""
+    return mode == "always" or (mode == "auto" and world.world_size > world.local_size)
 
 
 def run(world: bootstrap.World, plan: Plan) -> dict[str, Any]:

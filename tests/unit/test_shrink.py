@@ -40,6 +40,7 @@ MAY_DIFFER = (
 )  # fmt: skip
 MAY_DIFFER_BELOW = (
     ".cycles", ".batch.global_size", ".batch.micro_size", ".ema.start_update", ".warmup", ".path", ".trajectories",
+    ".gate.clips", ".gate.failing",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Run by the batch script before and after its step: `python -m mirai_launch.slurm.attempt begin|end ...`.
 
 begin   takes away the STOP file that ended the attempt before, and refuses one more where several left nothing
-end     decides what becomes of the job, queues it again if so, says it on one screen, and returns the script's exit code
+end     decides what becomes of the job, queues it again if so, says it on one screen, returns the exit code
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,7 @@ def end(run_dir: Path, cap: int, code: int, terminated: bool, env: Mapping[str, 
     """Decide, act, tell. Returns the batch script's exit code; 10 where the job is queued again."""
     job, scheduler = job_of(env), Scheduler()
     attempts, now = read(run_dir), progress(run_dir)
-    own = attempts[-1] if attempts else None
+    own = next((attempt for attempt in reversed(attempts) if attempt.job == job), None)
     stop = run_dir / STOP
     facts = Ending(
         code=code,
@@ -138,12 +139,13 @@ def _running(scheduler: Scheduler, job: str) -> bool:
 
 def _requeue(scheduler: Scheduler, job: str, decision: Decision) -> str:
     """Queue the job again; says what came of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it as soon as the job is back in the queue
     try:
-        if decision.exclude:
-            scheduler.exclude(job, decision.exclude)
         scheduler.requeue(job)
+        if decision.exclude:
+            scheduler.exclude(job, decision.exclude)  # refused while the job was running
     except SchedulerError as error:
-        return f"NOT queued again: {error}"
+        return f"NOT queued again as it should be: {error}"
     without = f" without {', '.join(decision.exclude)}" if decision.exclude else ""
     return f"queued again as job {job}{without}"
 

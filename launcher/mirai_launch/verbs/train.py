@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from mirai_dist.config import files, load, rundir
+from mirai_dist.config.cluster import PREFLIGHT, TRANSPORTS
 from mirai_dist.config.rules import check_layout
-from mirai_dist.node.transport import TRANSPORTS
+from mirai_dist.config.steps import chosen
 from mirai_launch import local
 
 TRANSPORT_HELP = f"stop unless the ranks talk over it ({', '.join(TRANSPORTS)})"
@@ -20,7 +21,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=_ranks, help="ranks on this machine (default: one a GPU, else 2)")
     parser.add_argument("--run-dir", type=Path, help="where everything is written (default: runs/<name>)")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the newest checkpoint")
-    parser.add_argument("--preflight", choices=("auto", "on", "off"), default="auto", help="auto: with several hosts")
+    parser.add_argument(
+        "--only",
+        metavar="STEP",
+        action="append",
+        default=[],
+        help="do this step alone, or several, comma-separated: STAGE.gate, STAGE, report (default: what is not done)",
+    )
+    parser.add_argument("--preflight", choices=PREFLIGHT, default="auto", help="look at all nodes first; auto: if many")
     parser.add_argument("--expect-transport", type=_transports, default="", metavar="NAME,...", help=TRANSPORT_HELP)
 
 
@@ -40,15 +48,17 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
         resolved = load(arguments.recipe, arguments.overrides)
         recipe = resolved.recipe
         files.check(recipe, resolved.origins)
+        chosen(recipe, arguments.only)
         run_dir = run_dir or rundir.default(recipe)
     request = local.Request(
-        arguments.recipe,
-        run_dir,
-        arguments.resume,
-        arguments.nproc,
-        arguments.preflight,
-        arguments.expect_transport,
-        tuple(arguments.overrides),
+        recipe=arguments.recipe,
+        run_dir=run_dir,
+        resume=arguments.resume,
+        nproc=arguments.nproc,
+        preflight=arguments.preflight,
+        expected=arguments.expect_transport,
+        overrides=tuple(arguments.overrides),
+        only=tuple(arguments.only),
     )
     launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
     if recipe is not None:
@@ -58,7 +68,7 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
 
 
 def _transports(text: str) -> str:
-    unknown = [name for name in text.split(",") if name not in TRANSPORTS]
+    unknown = [name for name in text.split(",") if name and name not in TRANSPORTS]
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(TRANSPORTS)}")
     return text
