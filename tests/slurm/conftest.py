@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mirai_launch.slurm.parse import Job, show_job
 from tests.slurm.cluster import TestCluster, UnavailableError, install
@@ -21,17 +23,19 @@ NODES = 3
 RECIPE = """
 extends: {root}/recipes/base/tiny_world.yaml
 name: on-slurm
-video: {{latent_frames: 2, frames_per_segment: 1, latent_height: 2, latent_width: 2}}
+video: {{latent_frames: 3, frames_per_segment: 1, latent_height: 2, latent_width: 2}}
 world: {{speed: 1, radius: 3}}
 text: {{dim: 8, length: 6}}
 teacher: {{dim: 12, ffn_dim: 16, heads: 1, blocks: 1, freq_dim: 8}}
 checkpoint: {{every_cycles: 1000000}}
+"""
+TEACHER = """
 stages:
   teacher:
     kind: bidirectional
     cycles: 40
-    batch: {{global_size: 2, micro_size: 1}}
-    optimizer: {{lr: 1.0e-3}}
+    batch: {global_size: 2, micro_size: 1}
+    optimizer: {lr: 1.0e-3}
 """
 CLUSTER = """
 name: tests
@@ -106,10 +110,12 @@ class Submitted:
     def checkpoints(self, folder: str = "") -> list[str]:
         return sorted(path.name for path in (self.run_dir / folder).glob("stages/teacher/checkpoints/cycle-*"))
 
-    def weights(self) -> dict[str, list[object]]:
-        """Size and digest of every file of tensors of the newest checkpoint."""
-        manifest = self.run_dir / "stages/teacher/checkpoints" / self.checkpoints()[-1] / "manifest.json"
-        return {name: record for name, record in json.loads(manifest.read_text())["files"].items() if "/" in name}
+    def everything(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the newest checkpoint, moments and averages included, by name."""
+        tensors = self.run_dir / "stages/teacher/checkpoints" / self.checkpoints()[-1] / "tensors"
+        whole = self.run_dir / "whole.pt"
+        dcp_to_torch_save(tensors, whole)
+        return dict(flatten_state_dict(torch.load(whole))[0])
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,10 @@ class Submit:
     folder: Path
 
     def __call__(self, *arguments: str, nodes: int = 2, launch: str = "task", name: str = "run",
-                 expect: int = 0, **site: str) -> Submitted:  # fmt: skip
+                 stages: str = TEACHER, expect: int = 0, **site: str) -> Submitted:  # fmt: skip
         """arguments: options and overrides. site: keys of the cluster file. expect: the exit code."""
         recipe, file, run_dir = self.folder / "recipe.yaml", self.folder / f"{name}-cluster.yaml", self.folder / name
-        recipe.write_text(RECIPE.format(root=ROOT))
+        recipe.write_text(RECIPE.format(root=ROOT) + stages)
         keys = {"partition": "main", "warning": "60", "launch": launch, "python": sys.executable, **site}
         file.write_text(CLUSTER + "".join(f"{key}: {value}\n" for key, value in keys.items()))
         command = [sys.executable, "-m", "mirai_launch", "submit", str(recipe), "--cluster", str(file)]

@@ -76,7 +76,8 @@ def render(batch: Batch, cluster: Cluster) -> str:
         "RANKS": str(cluster.ranks_per_node),
         "PATIENCE": str(cluster.meeting),
         "SHAPE": " ".join(_shape(cluster)),
-        "SRUN": " ".join([*_STEP, *cluster.srun, *_enter(batch, cluster)]),
+        "STEP": " ".join(_STEP),
+        "SRUN": "".join(f"  {line} \\\n" for line in [*cluster.srun, *_enter(batch, cluster)]),
         "PYTHON": shlex.quote(python),
     }
     launch = _fill((folder / f"{cluster.launch}.in").read_text(encoding="utf-8").rstrip("\n"), values)
@@ -155,16 +156,16 @@ def _site(cluster: Cluster) -> str:
 
 
 def _enter(batch: Batch, cluster: Cluster) -> list[str]:
-    """What makes srun's tasks run in the container; the run directory and the working directory are always there."""
+    """Lines that put srun's tasks into the container; run directory and working directory are always there."""
     container = cluster.container
     if container.kind == "pyxis":
         mounts = ",".join(each if ":" in each else f"{each}:{each}" for each in _mounts(batch, container))
         image = shlex.quote(container.image)
         return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={batch.workdir}"]
     if container.kind == "apptainer":
-        gpus = ["--nv"] if cluster.gpus.per_node else []
+        gpus = "--nv " if cluster.gpus.per_node else ""
         binds = ",".join(_mounts(batch, container))
-        return ["apptainer", "exec", *gpus, "--bind", binds, "--pwd", str(batch.workdir), shlex.quote(container.image)]
+        return [f"apptainer exec {gpus}--bind {binds}", f"--pwd {batch.workdir} {shlex.quote(container.image)}"]
     return []
 
 

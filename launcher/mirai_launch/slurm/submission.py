@@ -132,10 +132,11 @@ def submit(prepared: Prepared, scheduler: Scheduler) -> list[Queued]:
     for element in prepared.elements:
         folder = _folder(element.run_dir / prepared.folder)
         (folder / "recipe.yaml").write_text(to_yaml(element.resolved.recipe), encoding="utf-8")
+    scripts_folder = _folder(prepared.run_dir / prepared.folder)
     _folder(prepared.run_dir / "logs")  # sbatch writes there, and does not make it
     queued: list[Queued] = []
     for step, text in scripts(prepared, code).items():
-        script = prepared.run_dir / prepared.folder / f"{step}.sbatch"
+        script = scripts_folder / f"{step}.sbatch"
         script.write_text(text, encoding="utf-8")
         after = queued[-1].job if queued else ""
         try:
