@@ -42,6 +42,7 @@ def local(env: Mapping[str, str]) -> Finding:
     """Whether node-local scratch can be written."""
     folder = scratch(env)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"mirai")
     except OSError as error:

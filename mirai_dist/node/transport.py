@@ -73,7 +73,7 @@ def _peer_access(links: set[str]) -> str:
     return "nvlink" if links == {"NVL"} else "pcie"
 
 
-def wanted(env: Mapping[str, str], folder: Path) -> dict[str, str]:
+def wanted(env: Mapping[str, object], folder: Path) -> dict[str, str]:
     """NCCL's variables for its log in `folder`, those that the site has set left out."""
     ours = {
         "NCCL_DEBUG": "INFO",

@@ -232,7 +232,7 @@ def test_storage_is_written_and_left_clean(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     speed, found = storage.checkpoints(tmp_path / "file")
     assert speed == 0 and found.level == "fail"
-    assert storage.local({"SLURM_TMPDIR": str(tmp_path / "absent")}).level == "fail"
+    assert storage.local({"SLURM_TMPDIR": str(tmp_path / "file/below")}).level == "fail"
     assert storage.local({"TMPDIR": str(tmp_path)}).value.startswith(f"{tmp_path}: ")
 
 
