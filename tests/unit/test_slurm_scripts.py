@@ -1,4 +1,4 @@
-"""The batch scripts of eight sites, to the letter; and what no script may look like."""
+"""The batch scripts of several sites, to the letter; and what no script may look like."""
 
 from __future__ import annotations
 
