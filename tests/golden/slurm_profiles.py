@@ -1,4 +1,4 @@
-"""Batch scripts of eight sites. `python -m tests.golden.slurm_profiles` writes them anew: look at the difference."""
+"""Batch scripts of several sites. `python -m tests.golden.slurm_profiles` writes them anew: look at the difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ CLUSTERS = Path(__file__).parents[2] / "recipes" / "clusters"
 H100 = Gpus(per_node=8, type="h100")
 
 
-def batch(nodes: int = 8, step: str = "", sweep: Sweep | None = None, time: str = "24:00:00") -> Batch:
+def batch(
+    nodes: int = 8, step: str = "", sweep: Sweep | None = None, time: str = "24:00:00", spare: int = 0
+) -> Batch:
     """A job with fixed paths."""
     return Batch(
         name=f"mirai-{step}" if step else "mirai",
@@ -22,6 +24,7 @@ def batch(nodes: int = 8, step: str = "", sweep: Sweep | None = None, time: str 
         workdir=Path("/shared/mirai"),
         launcher_python="/shared/mirai/.venv/bin/python",
         nodes=nodes,
+        spare=spare,
         time=time,
         warning=600,
         step=step,
@@ -69,6 +72,7 @@ def profiles() -> dict[str, tuple[Batch, Cluster]]:
         "apptainer": (batch(2, time="12:00:00"), apptainer),
         "bare": (batch(1, time="60"), bare),
         "local-test": (batch(2, time="10"), load_cluster(CLUSTERS / "local-test.yaml")),
+        "spare-nodes": (batch(spare=2), infiniband),
         "array": (batch(1, sweep=Sweep(("seed=1", "seed=2", "seed=3"), 2)), infiniband),
         "chain-step": (batch(step="distil.gate"), infiniband),
     }

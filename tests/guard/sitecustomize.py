@@ -38,7 +38,7 @@ def _is_local(host: object) -> bool:
 
 def _is_node(address: Any) -> bool:
     address = getattr(address, "ipv4_mapped", None) or address
-    return bool(_NODES) and address in ipaddress.ip_network(str(_NODES))
+    return bool(_NODES) and address.is_private and address in ipaddress.ip_network(str(_NODES))
 
 
 def _addresses_in_hosts_file(name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The batch scripts of eight sites, to the letter; and what no script may look like."""
+"""The batch scripts of several sites, to the letter; and what no script may look like."""
 
 from __future__ import annotations
 
@@ -62,9 +62,11 @@ def test_no_script_does_what_loses_jobs(name: str) -> None:
     assert traps == ["trap on_warning USR2", "trap on_term TERM"]  # bare functions, and nothing for CONT
     assert "#SBATCH --open-mode=append" in text and "#SBATCH --requeue" in text
     assert not re.search(r"localhost|127\.0\.0\.1|scontrol|dirname|@[A-Z]+@", "\n".join(code))
-    (first,) = [number for number, line in enumerate(code) if line.startswith("srun ")]
-    assert any(line.endswith('-- "${train[@]}" &') for line in code[first : first + 12])
-    assert "--kill-on-bad-exit=1" in text
+    for first in [number for number, line in enumerate(code) if line.startswith("srun ")]:
+        last = next(number for number, line in enumerate(code) if number >= first and not line.endswith("\\"))
+        step = " ".join(code[first : last + 1])
+        assert step.endswith(" &") and "--kill-on-bad-exit=1" in step  # in the foreground it would deafen the traps
+        assert code[last + 1].startswith("follow $!")
 
 
 @pytest.mark.parametrize("path", ["/a b", "/a$b", "/a'b", "relative", "/a%j", "/a\nb"])

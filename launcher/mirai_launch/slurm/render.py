@@ -31,8 +31,9 @@ class Sweep:
 class Batch:
     """One job: what the script needs beside the cluster file. All paths are absolute.
 
-    folder: of this submission, below the run directory. code: snapshot. time: limit, as SLURM writes it. warning:
-    seconds before it. step: of the pipeline, "" for all of them.
+    folder: of this submission, below the run directory. code: snapshot. nodes: those that train; spare: asked for on
+    top, of which the pre-flight leaves the worst out. time: limit, as SLURM writes it. warning: seconds before it.
+    step: of the pipeline, "" for all of them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Batch:
     nodes: int
     time: str
     warning: int
+    spare: int = 0
     step: str = ""
     sweep: Sweep | None = None
 
@@ -73,6 +75,7 @@ def render(batch: Batch, cluster: Cluster) -> str:
         "SITE": _site(cluster),
         "ONLY": f" --only {batch.step}" if batch.step else "",
         "NODES": str(batch.nodes),
+        "ALL": str(batch.nodes + batch.spare),
         "RANKS": str(cluster.ranks_per_node),
         "PATIENCE": str(cluster.meeting),
         "SHAPE": " ".join(_shape(cluster)),
@@ -80,8 +83,14 @@ def render(batch: Batch, cluster: Cluster) -> str:
         "SRUN": "".join(f"  {line} \\\n" for line in [*cluster.srun, *_enter(batch, cluster)]),
         "PYTHON": shlex.quote(python),
     }
-    launch = _fill((folder / f"{cluster.launch}.in").read_text(encoding="utf-8").rstrip("\n"), values)
-    return _fill((folder / "train.sbatch.in").read_text(encoding="utf-8"), {**values, "LAUNCH": launch})
+    select, launch, whole = (
+        (folder / f"{name}.in").read_text(encoding="utf-8") for name in ("select", cluster.launch, "train.sbatch")
+    )
+    parts = {
+        "SELECT": _fill(select, values) if batch.spare else "",
+        "LAUNCH": _fill(launch.rstrip("\n"), values),
+    }
+    return _fill(whole, {**values, **parts})
 
 
 # A rank that fails ends the step; one that ends well waits for the others as long as they take.
@@ -99,7 +108,7 @@ def directives(batch: Batch, cluster: Cluster) -> list[str]:
         f"--chdir={batch.workdir}",
         f"--signal=B:USR2@{batch.warning}",
         f"--time={batch.time}",
-        f"--nodes={batch.nodes}",
+        f"--nodes={batch.nodes + batch.spare}",
         *_shape(cluster),
         *_gpus(cluster),
     ]

@@ -17,6 +17,7 @@ from mirai_dist.config.cluster import Cluster, load_cluster
 from mirai_dist.config.digest import to_yaml
 from mirai_dist.config.rules import check_layout
 from mirai_launch.slurm import ledger, parse, snapshot
+from mirai_launch.slurm.attempt import HOLD
 from mirai_launch.slurm.client import Scheduler, SchedulerError
 from mirai_launch.slurm.render import Batch, Sweep, render
 
@@ -27,11 +28,13 @@ _AT_ONCE = re.compile(r"(.*)%(\d+)")
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asked for. array: "key=v1,v2" each, the last perhaps with "%2". chain: a job a step."""
+    """What the user asked for. spare: nodes on top, of which the worst are left out. array: "key=v1,v2" each, the last
+    perhaps with "%2". chain: a job a step."""
 
     recipe: Path
     cluster: Path
     nodes: int
+    spare: int = 0
     run_dir: Path | None = None
     time: str = ""
     array: tuple[str, ...] = ()
@@ -73,6 +76,7 @@ class Prepared:
             workdir=Path.cwd(),
             launcher_python=self.cluster.launcher_python or sys.executable,
             nodes=self.wish.nodes,
+            spare=self.wish.spare,
             time=self.time,
             warning=self.cluster.warning,
             step="" if step == ALL else step,
@@ -134,6 +138,8 @@ def submit(prepared: Prepared, scheduler: Scheduler) -> list[Queued]:
         (folder / "recipe.yaml").write_text(to_yaml(element.resolved.recipe), encoding="utf-8")
     scripts_folder = _folder(prepared.run_dir / prepared.folder)
     _folder(prepared.run_dir / "logs")  # sbatch writes there, and does not make it
+    for element in prepared.elements:
+        (element.run_dir / HOLD).unlink(missing_ok=True)  # whoever submits a run that was stopped wants it to go on
     queued: list[Queued] = []
     for step, text in scripts(prepared, code).items():
         script = scripts_folder / f"{step}.sbatch"

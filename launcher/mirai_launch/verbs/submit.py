@@ -17,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override: foresight.weight=0")
     parser.add_argument("--cluster", metavar="FILE", type=Path, required=True, help="cluster file: recipes/clusters/")
     parser.add_argument("--nodes", metavar="N", type=_count, required=True, help="nodes of the job")
+    parser.add_argument("--spare", metavar="K", type=_spare, default=0, help="K nodes more, to leave out the worst")
     parser.add_argument("--time", default="", help="time limit (default: the cluster file's): 24:00:00, 1-12:00:00")
     parser.add_argument("--run-dir", type=Path, help="where everything is written (default: runs/<name>)")
     parser.add_argument(
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             recipe=arguments.recipe,
             cluster=arguments.cluster,
             nodes=arguments.nodes,
+            spare=arguments.spare,
             run_dir=arguments.run_dir,
             time=arguments.time,
             array=tuple(arguments.array),
@@ -75,4 +77,10 @@ def _tell(prepared: Prepared, queued: list[Queued]) -> None:
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of nodes, 1 or more")
+    return int(text)
+
+
+def _spare(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of nodes, 0 or more")
     return int(text)
