@@ -10,13 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.slowed import held_back
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 60.0  # seconds: what a loaded machine may need
@@ -102,32 +103,6 @@ def nodes(
         made.end()
 
 
-@contextmanager
-def held_back(rank: subprocess.Popen[str], period: float = 0.5) -> Iterator[None]:
-    """A node that gets a tenth of what the others get of this machine: its process is stopped and continued, over and
-    over. What the others get depends on what else runs here, so it is measured first."""
-    over = threading.Event()
-    begin, cpu = time.perf_counter(), time.process_time()
-    while time.perf_counter() - begin < 0.3:
-        pass
-    share = 0.1 * min(2 / 3, (time.process_time() - cpu) / (time.perf_counter() - begin))
-
-    def alternate() -> None:
-        while not over.is_set() and rank.poll() is None:
-            rank.send_signal(signal.SIGSTOP)
-            over.wait(period * (1 - share))
-            rank.send_signal(signal.SIGCONT)
-            time.sleep(period * share)
-
-    thread = threading.Thread(target=alternate)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def record(folder: Path) -> dict:
     return json.loads((folder / "run" / "preflight.json").read_text())
 
@@ -150,7 +125,7 @@ def test_equal_nodes_pass_and_the_record_holds_what_was_measured(tmp_path: Path)
 
 
 def test_a_node_held_back_is_named_with_its_measure_and_the_median(tmp_path: Path) -> None:
-    with nodes(tmp_path, 3) as three, held_back(three.ranks[1]):
+    with nodes(tmp_path, 3) as three, held_back(three.ranks[1].pid):
         ended = three.ended()
     assert [code for code, *_ in ended] == [30, 30, 30], ended
     found = record(tmp_path)
@@ -198,7 +173,7 @@ def test_a_transport_that_is_not_used_stops_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_best_nodes_are_chosen_and_the_others_listed_with_reasons(tmp_path: Path) -> None:
-    with nodes(tmp_path, 4, mode="select") as four, held_back(four.ranks[0]):
+    with nodes(tmp_path, 4, mode="select") as four, held_back(four.ranks[0].pid):
         ended = four.ended()
     assert [code for code, *_ in ended] == [0, 0, 0, 0], ended
     chosen = (tmp_path / "run/nodes.txt").read_text().strip().split(",")
@@ -223,7 +198,7 @@ def test_a_node_that_never_comes_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_too_few_fit_nodes_are_refused(tmp_path: Path) -> None:
-    with nodes(tmp_path, 2, mode="select") as two, held_back(two.ranks[1]):
+    with nodes(tmp_path, 2, mode="select") as two, held_back(two.ranks[1].pid):
         ended = two.ended()
     assert ended[0][0] == 30 and "n2: matrix products" in ended[0][2], ended
     assert not (tmp_path / "run/nodes.txt").exists()
