@@ -86,7 +86,7 @@ class Examination:
 
         def verdict() -> dict[str, Any]:
             self._hear(talkers)
-            return conclude(self._judge()) | {"seconds": round(time.monotonic() - begin, 1)}
+            return conclude(replace(self._judge(), seconds=round(time.monotonic() - begin, 1)))
 
         outcome = self.call.decide("verdict", verdict, patience.together)
         self.call.tell("bye", "")

@@ -60,6 +60,7 @@ class Verdict:
     """`found`: (host, finding) of all that is not good. `hosts`: those examined, in the scheduler's order.
 
     medians: of each measure, over all ranks. paces: of each host, its worst measure as a fraction of the median.
+    seconds: that it took to find this out.
     """
 
     hosts: tuple[str, ...]
@@ -67,6 +68,7 @@ class Verdict:
     reports: tuple[Report, ...]
     medians: Mapping[str, float]
     paces: Mapping[str, float]
+    seconds: float = 0.0
 
     @property
     def level(self) -> str:
@@ -105,6 +107,7 @@ class Verdict:
         return {
             "verdict": {"ok": "pass"}.get(self.level, self.level),
             "line": self.line(),
+            "seconds": self.seconds,
             "hosts": list(self.hosts),
             "suspects": self.suspects,
             "findings": [{**asdict(finding), "hosts": hosts} for finding, hosts in self.grouped()],
