@@ -69,6 +69,8 @@ def run(world: bootstrap.World, plan: Plan) -> dict[str, Any]:
     hosts = hosts_of_ranks(plan.env)
     crew = Crew(call, world.device, hosts if len(hosts) == world.world_size else [], expected_nodes(plan.env))
     found = Examination(crew, plan).hold(conclude)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # the run's own tensors are of other sizes
     refuse(found)
     return found
 
@@ -133,8 +135,10 @@ def select(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    def join(ranks: list[int]) -> None:
-        backend, own = "nccl" if gpus else "gloo", dist.PrefixStore("talk", store.clone())
+    def join(ranks: Sequence[int]) -> None:
+        # A connection of its own: a store's client serves one thread at a time, and this one waits for the others.
+        own = dist.PrefixStore("talk", store.clone())  # pyright: ignore[reportAttributeAccessIssue]  missing in stubs
+        backend = "nccl" if gpus else "gloo"
         timeout, rank = timedelta(seconds=patience.together), ranks.index(place.rank)
         dist.init_process_group(backend, store=own, rank=rank, world_size=len(ranks), timeout=timeout)
 

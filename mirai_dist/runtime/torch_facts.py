@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.cuda.nccl
 import torch.distributed as dist
 
 from mirai_dist.node import software
