@@ -23,6 +23,7 @@ from mirai_dist.runtime.rollcall import RollCall
 from mirai_dist.runtime.verdict import EVERYWHERE, ON_CPU, ON_GPU, Report, Verdict, judge, load_report, silent
 
 GOODBYE = 5.0  # seconds in which all ranks hear the verdict before the first of them leaves
+IN_VAIN = {"error": "waited in vain for the others"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Examination:
         if self.call.rank != 0:  # which has the others' answers to wait for
             thread.join(self.plan.patience.together)
             if thread.is_alive():
-                self.call.tell("talk", {"error": "waited in vain for the others"})
+                self.call.tell("talk", IN_VAIN)
 
     def _together(self, talkers: Sequence[int]) -> None:
         device, hosts = self.crew.device, [self.names[rank] for rank in talkers]
@@ -169,6 +170,8 @@ class Examination:
         """On rank 0: add to the reports what the ranks measured together."""
         patience = self.plan.patience.together
         told = self.call.heard("talk", talkers, patience + 5.0)
+        if self.call.rank in talkers:
+            told.setdefault(self.call.rank, IN_VAIN)  # this rank lives, as it is the one that asks
         missing = dict.fromkeys(self.names[rank] for rank in talkers if rank not in told)
         self.quiet += [silent(host, "talking to the others", patience) for host in missing]
         errors = {answer["error"]: rank for rank, answer in told.items() if "error" in answer}

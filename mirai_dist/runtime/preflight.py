@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from mirai_dist.config.cluster import TRANSPORTS
 from mirai_dist.config.error import RecipeError
-from mirai_dist.node import software
+from mirai_dist.node import software, transport
 from mirai_dist.runtime import bootstrap, nodelist
 from mirai_dist.runtime.examination import Crew, Examination, Patience, Plan
 from mirai_dist.runtime.guard import DO_NOT_REQUEUE, SUSPECT_NODE, guarded
@@ -59,6 +59,9 @@ def run(world: bootstrap.World, plan: Plan) -> dict[str, Any]:
     Raises SuspectNode or NotFit on all ranks, after rank 0 has written the record to RUN/preflight.json.
     """
     call = RollCall(dist.PrefixStore("preflight", world.store), world.rank, world.world_size)
+    if plan.expected and plan.env.get("NCCL_DEBUG_FILE"):
+        # NCCL does not make the folder of its log.
+        transport.log_file(plan.env["NCCL_DEBUG_FILE"]).parent.mkdir(parents=True, exist_ok=True)
 
     def conclude(verdict: Verdict) -> dict[str, Any]:
         document = verdict.document()

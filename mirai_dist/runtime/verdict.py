@@ -183,13 +183,13 @@ def _short(outlier: Outlier, measure: Measure) -> Finding:
 
 
 def _of_nodes(reports: Iterable[Report], hosts: int) -> list[tuple[str, Finding]]:
-    """What each host found out about itself. A failure that only a minority has is that hosts' fault: suspect."""
+    """What each host found out about itself. A failure that most hosts do not have is the fault of those: suspect."""
     rows = {(report.host, finding): None for report in reports for finding in report.findings}
     bad = [(host, finding) for host, finding in rows if finding.level not in GOOD]
     with_failure = Counter(check for _, check in {(h, f.check) for h, f in bad if f.level == "fail"})
     return [
         (host, Finding(each.check, "suspect", each.value, each.advice))
-        if each.level == "fail" and with_failure[each.check] * 2 < hosts
+        if each.level == "fail" and with_failure[each.check] * 2 <= hosts
         else (host, each)
         for host, each in bad
     ]
@@ -254,7 +254,7 @@ def _transports(reports: Sequence[Report], expected: Sequence[str]) -> list[tupl
             if finding := _transport(report, name, len({each.host for each in reports})):
                 wrong.setdefault(report.host, finding)
     hosts = len({report.host for report in reports})
-    level = "suspect" if len(wrong) * 2 < hosts else "fail"
+    level = "suspect" if len(wrong) * 2 <= hosts else "fail"
     return [(host, Finding(each.check, level, each.value, each.advice)) for host, each in wrong.items()]
 
 

@@ -4,6 +4,7 @@ is named, and equal ones are let through."""
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ PATIENCE = 60.0  # seconds: what a loaded machine may need
 
 def rank_main(mode: str, folder: Path, expected: str) -> int:
     """What one rank does: python THIS_FILE job|select FOLDER TRANSPORTS. It waits for FOLDER/go when all is loaded."""
-    from mirai_dist.runtime import bootstrap, preflight
+    from mirai_dist.runtime import bootstrap, measures, preflight
     from mirai_dist.runtime.examination import Patience, Plan
 
     run_dir = folder / "run"
@@ -36,7 +37,12 @@ def rank_main(mode: str, folder: Path, expected: str) -> int:
     if world is None:
         options = argparse.Namespace(select=2, run_dir=run_dir, out=run_dir / "nodes.txt", patience=20.0)
         return preflight.select(options, os.environ)
-    patience = Patience(arriving=float(os.environ.get("TEST_PATIENCE", "30")), alone=100)
+    if os.environ.get("TEST_FREEZE"):
+        measures.all_reduce = lambda device: os.kill(os.getpid(), signal.SIGSTOP)
+    if ahead := float(os.environ.get("TEST_CLOCK", "0")):
+        measures.clock_marks = functools.partial(measures.clock_marks, now=lambda: time.time() + ahead)
+    seconds = float(os.environ.get("TEST_PATIENCE", "30"))
+    patience = Patience(arriving=seconds, alone=100, together=seconds)
     found = preflight.run(world, Plan(run_dir, os.environ, preflight.transports(expected), patience))
     (folder / f"found-{world.rank}.json").write_text(json.dumps(found))
     return 0
@@ -108,13 +114,13 @@ def record(folder: Path) -> dict:
 
 
 def test_equal_nodes_pass_and_the_record_holds_what_was_measured(tmp_path: Path) -> None:
-    with nodes(tmp_path, 3, expected="gloo") as three:
-        ended = three.ended()
-    assert [code for code, *_ in ended] == [0, 0, 0], ended
-    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(3)]
-    assert found[0] == found[1] == found[2], "all ranks return one record"
+    with nodes(tmp_path, 2, expected="gloo") as two:
+        ended = two.ended()
+    assert [code for code, *_ in ended] == [0, 0], ended
+    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1], "all ranks return one record"
     assert found[0]["verdict"] in ("pass", "warn") and found[0]["suspects"] == {}, found[0]["line"]
-    assert found[0]["hosts"] == ["n1", "n2", "n3"] and found[0]["seconds"] < 120
+    assert found[0]["hosts"] == ["n1", "n2"] and found[0]["seconds"] < 120
     for row in found[0]["ranks"]:
         assert set(row["measured"]) == {"matrix products", "writing checkpoints", "all-reduce", "link to other hosts"}
         assert all(value > 0 for value in row["measured"].values())
@@ -148,6 +154,16 @@ def test_a_hung_node_is_named_instead_of_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_node_that_freezes_in_the_middle_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
+    short = {"TEST_PATIENCE": "15"}
+    with nodes(tmp_path, 3, n1=short, n2=short, n3=short | {"TEST_FREEZE": "1"}) as three:
+        (tmp_path / "go").touch()
+        assert [three.ranks[rank].wait(timeout=150) for rank in (0, 1)] == [30, 30]
+    found = record(tmp_path)
+    assert list(found["suspects"]) == ["n3"] and found["suspects"]["n3"].startswith("talking to the others: ")
+
+
+@pytest.mark.slow
 def test_a_different_version_and_path_are_named_by_host(tmp_path: Path) -> None:
     other = tmp_path / "site"
     (other / "triton-9.9.dist-info").mkdir(parents=True)
@@ -161,6 +177,16 @@ def test_a_different_version_and_path_are_named_by_host(tmp_path: Path) -> None:
     assert list(found["suspects"]) == ["n2"] and found["suspects"]["n2"].startswith("triton: 9.9, elsewhere ")
     rows = {row["check"]: row for row in found["findings"]}
     assert rows["NCCL library"]["hosts"] == ["n2"] and rows["NCCL library"]["level"] == "warn"
+
+
+@pytest.mark.slow
+def test_a_clock_that_is_off_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3, n1={"TEST_CLOCK": "7.5"}) as three:
+        ended = three.ended()
+    assert [code for code, *_ in ended] == [0, 0, 0], ended
+    found = json.loads((tmp_path / "found-2.json").read_text())
+    (row,) = [row for row in found["findings"] if row["check"] == "clock" and "median clock" in row["value"]]
+    assert row["hosts"] == ["n1"] and row["level"] == "warn" and row["value"].startswith("+7.5"), found
 
 
 @pytest.mark.slow
