@@ -241,6 +241,7 @@ def _stage(stage: schema.Stage, scale: Scale) -> schema.Stage:
         batch=replace(stage.batch, micro_size=micro, global_size=together),
         trajectories=min(stage.trajectories, 4),
         optimizer=_optimizer(stage.optimizer),
+        foresight=replace(stage.foresight, optimizer=_optimizer(stage.foresight.optimizer)),
         ema=replace(stage.ema, start_update=min(stage.ema.start_update, 1)),
     )
 

@@ -91,7 +91,7 @@ def _lengthens(name: str, old: Recipe, new: Recipe) -> bool:
 
 def _schedules(stage: Stage, recipe: Recipe) -> list[Any]:
     extra = [recipe.dmd.critic_optimizer, recipe.foresight.optimizer] if stage.kind == "dmd" else []
-    return [stage.optimizer, *extra]
+    return [stage.optimizer, *extra, *([stage.foresight.optimizer] if stage.foresight.weight else [])]
 
 
 def _canonical(key: keys.Key, value: Any) -> Any:

@@ -13,7 +13,12 @@ from mirai_dist.config import schema
 from mirai_dist.method.dmd import Velocity
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.rollout import Past, RolloutSettings, SegmentNetwork
-from mirai_dist.method.teacher_forcing import NoisedContextNetwork, SegmentCausalNetwork, TeacherForcedNetwork
+from mirai_dist.method.teacher_forcing import (
+    NoisedContextNetwork,
+    SegmentCausalNetwork,
+    StateNetwork,
+    TeacherForcedNetwork,
+)
 from mirai_dist.models import predictor as predictor_model
 from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput, WanShape
 from mirai_dist.models.wan import model as wan_model
@@ -119,12 +124,12 @@ class Builder:
     def _drawn(self, name: str, initialise: Initialise) -> Fill:
         return lambda network: draw(network, initialise, lambda key: self.draws.for_parameter(f"{name}.{key}"))
 
-    def predictor(self, gated: bool, bf16_masters: bool, training: Training) -> Role:
-        """The foresight predictor, from the generator's width to the teacher's."""
+    def predictor(self, gated: bool, bf16_masters: bool, training: Training, answers: int = 1) -> Role:
+        """The foresight predictor, from the generator's width to so many times the teacher's."""
         generator, teacher = self.recipe.generator, self.recipe.teacher
         with torch.device("meta"):
             model = predictor_model.Predictor(
-                generator.dim, teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated
+                generator.dim, answers * teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated
             )
         plan = predictor_plan(self.recipe.parallel, bf16_masters)
         self.engine.build(model, plan, self._drawn("predictor", predictor_model.initialise))
@@ -192,6 +197,17 @@ def teacher_forced(network: nn.Module, segment_frames: int) -> TeacherForcedNetw
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor:
         return _velocity(network(latent, timesteps, text, clean=clean, segment_frames=segment_frames))
+
+    return velocity
+
+
+def teacher_forced_states(network: nn.Module, segment_frames: int, blocks: int) -> StateNetwork:
+    """The same, with the states [B, tokens, dim] of its noisy segments after `blocks` blocks (0: None)."""
+
+    def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
+        capture = Capture(blocks)
+        output = network(latent, timesteps, text, clean=clean, segment_frames=segment_frames, capture=capture)
+        return _velocity(output), output.hidden
 
     return velocity
 
