@@ -42,23 +42,24 @@ class Starts:
 
 def starts_of(recipe: schema.Recipe, stage: str, run_dir: Path) -> Starts:
     """What the recipe says a stage starts from. Raises CheckpointError when an earlier stage has no checkpoint."""
-    settings = recipe.stages[stage]
+    parent, teacher, critic = (source_of(recipe, stage, role, run_dir) for role in ("parent", "teacher", "critic"))
+    return Starts(parent, teacher, critic or teacher)
 
-    def source(name: str) -> Source | None:
-        if not name:
-            return None
-        if name in recipe.weights:
-            weights = recipe.weights[name]
-            return Source(name, Path(weights.path), cast(Which, weights.which), weights.kind, published=True)
-        root = run_dir / "stages" / name / "checkpoints"
-        path = newest(root)
-        if path is None:
-            raise CheckpointError(f"stage {stage} starts from {name}, but {root} holds no checkpoint")
-        earlier = recipe.stages[name]
-        return Source(name, path, "ema" if earlier.ema.decay > 0 else "raw", PRODUCES[earlier.kind], published=False)
 
-    teacher = source(settings.teacher)
-    return Starts(source(settings.parent), teacher, source(settings.critic) or teacher)
+def source_of(recipe: schema.Recipe, stage: str, role: str, run_dir: Path) -> Source | None:
+    """What one network of a stage starts from; None: random weights. Raises CheckpointError as `starts_of`."""
+    name = getattr(recipe.stages[stage], role)
+    if not name:
+        return None
+    if name in recipe.weights:
+        weights = recipe.weights[name]
+        return Source(name, Path(weights.path), cast(Which, weights.which), weights.kind, published=True)
+    root = run_dir / "stages" / name / "checkpoints"
+    path = newest(root)
+    if path is None:
+        raise CheckpointError(f"stage {stage} starts from {name}, but {root} holds no checkpoint")
+    earlier = recipe.stages[name]
+    return Source(name, path, "ema" if earlier.ema.decay > 0 else "raw", PRODUCES[earlier.kind], published=False)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 from mirai_dist.config import schema
 from mirai_dist.cycle.encoders import clips_of, conditions_of
 from mirai_dist.cycle.roles import causal, kv_cache, wan_shape
-from mirai_dist.cycle.starts import Started, fill, starts_of
+from mirai_dist.cycle.starts import Started, fill, source_of
 from mirai_dist.data.arrays import Part
 from mirai_dist.data.latents import ODE, Entry, Plan, StoreWriter
 from mirai_dist.method.dmd import Conditioning
@@ -128,7 +128,7 @@ def _say(making: Making, plan: Plan, missing: int, console: Console) -> None:
 def _teacher(making: Making, device: torch.device) -> tuple[nn.Module, Started]:
     """The whole AR teacher, in the compute dtype, on this device."""
     recipe = making.recipe
-    source = starts_of(recipe, making.stage, making.run_dir).parent
+    source = source_of(recipe, making.stage, "parent", making.run_dir)
     assert source is not None  # a rule wants the parent of an ode stage
     with torch.device("meta"):
         network = WanModel(wan_shape(recipe.generator, recipe))
