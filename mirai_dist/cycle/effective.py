@@ -41,6 +41,7 @@ def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
         "foresight": {
             "generator blocks": captured_blocks(recipe.generator.blocks, depth, arithmetic),
             "encoder blocks": captured_blocks(recipe.teacher.blocks, depth, arithmetic),
+            "weights": _foresight_weights(recipe),
         },
         "accumulation": {name: accumulation(stage.batch, ranks) for name, stage in recipe.stages.items()},
         "networks": {name: _described(plan) for name, plan in plans.items()},
@@ -58,6 +59,15 @@ def _starts(recipe: schema.Recipe) -> dict[str, str]:
                 place = f"{weights.path} ({weights.which})" if weights else f"stage {source}"
                 found[f"{name} {role}"] = place
     return found
+
+
+def _foresight_weights(recipe: schema.Recipe) -> dict[str, float]:
+    """Stages that have foresight."""
+    weights = {
+        name: recipe.foresight.weight if stage.kind == "dmd" else stage.foresight.weight
+        for name, stage in recipe.stages.items()
+    }
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def _described(plan: ShardPlan) -> dict[str, Any]:

@@ -53,9 +53,20 @@ def test_networks_are_told_by_their_plans() -> None:
 
 
 def test_foresight_blocks_follow_preset_and_depth() -> None:
-    assert used()["foresight"] == {"generator blocks": 1, "encoder blocks": 1}
-    assert used("foresight.preset=release")["foresight"] == {"generator blocks": 2, "encoder blocks": 2}
-    assert used("teacher.blocks=4")["foresight"] == {"generator blocks": 1, "encoder blocks": 2}
+    def blocks(*overrides: str) -> tuple[int, int]:
+        found = used(*overrides)["foresight"]
+        return found["generator blocks"], found["encoder blocks"]
+
+    assert blocks() == (1, 1)
+    assert blocks("foresight.preset=release") == (2, 2)
+    assert blocks("teacher.blocks=4") == (1, 2)
+
+
+def test_stages_with_foresight_are_named() -> None:
+    few_step = ("stages.few_step.teacher=teacher", "stages.few_step.foresight.weight=0.5")
+    assert used()["foresight"]["weights"] == {"distil": 0.2}
+    assert used(*few_step)["foresight"]["weights"] == {"few_step": 0.5, "distil": 0.2}
+    assert used(*few_step, "foresight.weight=0")["foresight"]["weights"] == {"few_step": 0.5}
 
 
 def test_versions_are_those_that_run() -> None:
