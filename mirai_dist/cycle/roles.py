@@ -20,7 +20,7 @@ from mirai_dist.method.teacher_forcing import (
     TeacherForcedNetwork,
 )
 from mirai_dist.models import predictor as predictor_model
-from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput, WanShape
+from mirai_dist.models.wan import Capture, Clean, History, KVCache, WanModel, WanOutput, WanShape
 from mirai_dist.models.wan import model as wan_model
 from mirai_dist.models.wan.kv_cache import CacheShape
 from mirai_dist.models.wan.model import PATCH
@@ -196,7 +196,7 @@ def teacher_forced(network: nn.Module, segment_frames: int) -> TeacherForcedNetw
     """A network as an AR model that sees clean earlier segments."""
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor:
-        return _velocity(network(latent, timesteps, text, clean=clean, segment_frames=segment_frames))
+        return _velocity(network(latent, timesteps, text, clean=Clean(clean), segment_frames=segment_frames))
 
     return velocity
 
@@ -206,7 +206,7 @@ def teacher_forced_states(network: nn.Module, segment_frames: int, blocks: int) 
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
         capture = Capture(blocks)
-        output = network(latent, timesteps, text, clean=clean, segment_frames=segment_frames, capture=capture)
+        output = network(latent, timesteps, text, clean=Clean(clean), segment_frames=segment_frames, capture=capture)
         return _velocity(output), output.hidden
 
     return velocity
@@ -216,16 +216,8 @@ def noised_context(network: nn.Module, segment_frames: int) -> NoisedContextNetw
     """A network as an AR model that sees earlier segments slightly noised."""
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, context: Tensor, context_timesteps: Tensor) -> Tensor:
-        return _velocity(
-            network(
-                latent,
-                timesteps,
-                text,
-                clean=context,
-                clean_timesteps=context_timesteps,
-                segment_frames=segment_frames,
-            )
-        )
+        past = Clean(context, context_timesteps)
+        return _velocity(network(latent, timesteps, text, clean=past, segment_frames=segment_frames))
 
     return velocity
 

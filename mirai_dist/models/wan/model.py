@@ -40,6 +40,16 @@ class History(NamedTuple):
     first_frame: int = 0
 
 
+class Clean(NamedTuple):
+    """The clean half of the doubled sequence of teacher forcing.
+
+    latents: [B, F, C, H, W]. timesteps: [B] or [B, F], what they were noised to; None if they were not.
+    """
+
+    latents: Tensor
+    timesteps: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Capture:
     """Read the residual stream after this many blocks (0: never); `stop` ends the forward there."""
@@ -197,8 +207,7 @@ class WanModel(nn.Module):
         timesteps: Tensor,
         text: Tensor,
         *,
-        clean: Tensor | None = None,
-        clean_timesteps: Tensor | None = None,
+        clean: Clean | None = None,
         segment_frames: int = 0,
         history: History | None = None,
         capture: Capture = Capture(),
@@ -207,8 +216,7 @@ class WanModel(nn.Module):
 
         latent: [B, F, C, H, W]. timesteps: [B], or [B, F] for causal use; units 0..1000, may be fractional.
         text: [B, length, text_dim], zeros past the prompt; every position is attended (Wan has no text mask).
-        clean: clean latents [B, F, C, H, W] for teacher forcing: the sequence becomes [clean at t=0 | latent].
-        clean_timesteps: [B] or [B, F], what the clean half was noised to, if it was.
+        clean: for teacher forcing: the sequence becomes [clean at t=0, or at its own timesteps | latent].
         segment_frames: 0 is bidirectional; else tokens see their own segment and earlier ones (diffusion forcing,
         where timesteps differ between segments).
         history: cached causal use; the sequence is one segment that sees itself and all of the history.
@@ -222,15 +230,13 @@ class WanModel(nn.Module):
         pattern: Pattern = SegmentCausal(segment_tokens) if segment_frames else Full()
         noisy_time = time = self._embed_time(timesteps, dtype)
         if clean is not None:
-            tokens = torch.cat((self._embed_patches(clean)[0], tokens), dim=1)
+            tokens = torch.cat((self._embed_patches(clean.latents)[0], tokens), dim=1)
             rotary = (rotary[0].repeat(2, 1), rotary[1].repeat(2, 1))
             pattern = TeacherForced(segment_tokens)
             noisy_time = time.expand(-1, grid[0], -1)
-            clean_timesteps = torch.zeros_like(timesteps) if clean_timesteps is None else clean_timesteps
-            clean_time = self._embed_time(clean_timesteps, dtype).expand_as(noisy_time)
+            levels = torch.zeros_like(timesteps) if clean.timesteps is None else clean.timesteps
+            clean_time = self._embed_time(levels, dtype).expand_as(noisy_time)
             time = torch.cat((clean_time, noisy_time), dim=1)
-        elif clean_timesteps is not None:
-            raise ValueError("clean_timesteps without clean latents")
         text_cached = history is not None and history.text_keys_values is not None
         inputs = BlockInputs(
             self.time_projection(time).unflatten(-1, (6, -1)),
