@@ -22,7 +22,6 @@ from mirai_dist.cycle.encoders import WorldClips
 from mirai_dist.cycle.roles import wan_shape
 from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import Stage
-from mirai_dist.data.world import World
 from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import WanModel
 from mirai_dist.state.cursor import Cursor
@@ -41,12 +40,12 @@ CHUNKS = ("video.latent_frames=6", "video.frames_per_segment=2")
 
 
 class HeldPairs:
-    """Trajectories held in memory, in float64: states of entry n are keyed by n. Their captions are the world's."""
+    """Trajectories held in memory, in float64: states of entry n are keyed by n."""
 
     path, truth, size = Path("/held/in/memory"), True, 6
 
     def __init__(self, recipe: schema.Recipe) -> None:
-        self.recipe, self.captions = recipe, World(recipe.world, recipe.video, recipe.seed).captions
+        self.recipe = recipe
         self.timesteps = tuple(shifted(recipe, step / 1000) for step in recipe.rollout.steps)
 
     def states(self, numbers: Sequence[int]) -> Tensor:
