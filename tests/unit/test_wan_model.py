@@ -186,7 +186,7 @@ def test_compute_dtype_is_that_of_the_parameters() -> None:
 # --- what sees what ------------------------------------------------------------------------------------------
 
 
-def velocity(network: WanModel, video: Tensor, timesteps: Tensor, **options: Tensor | int) -> Tensor:
+def velocity(network: WanModel, video: Tensor, timesteps: Tensor, **options: Tensor | int | Clean) -> Tensor:
     return network(video, timesteps, prompts(2, video.shape[0]), **options).velocity
 
 
