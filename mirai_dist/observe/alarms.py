@@ -164,6 +164,16 @@ def dmd_alarms(limits: schema.Alarms, draws: int) -> list[Alarm]:
     return [alarm for limit, alarm in every if limit > 0]
 
 
+def silence(limits: schema.Alarms, cycles: int) -> str:
+    """Why the alarms of a dmd stage of so many cycles cannot say anything; empty where they can."""
+    if not dmd_alarms(limits, draws=1):
+        return "every alarm is turned off"
+    needed = limits.warmup_cycles + limits.window_cycles
+    if cycles >= needed:
+        return ""
+    return f"no alarm can rise in {cycles} cycles: alarms.warmup_cycles and alarms.window_cycles are {needed}"
+
+
 _Limited = list[tuple[float, Alarm]]
 
 

@@ -25,7 +25,7 @@ from mirai_dist.evaluate.report import (
     VideoRow,
     VideoTable,
     findings,
-    read_series,
+    series_of,
     summary,
     write,
 )
@@ -270,10 +270,9 @@ def test_cells_and_numbers() -> None:
     assert [charts.signed(value, 0.113) for value in (0.00813, -0.0967, 0.0002)] == ["+0.008", "−0.097", "0.000"]
 
 
-def test_read_series_takes_the_strings_for_non_finite(tmp_path: Path) -> None:
-    lines = ({"cycle": 1, "loss/dmd": 0.5}, {"cycle": 2, "loss/critic": 1.0}, {"cycle": 3, "loss/dmd": "nan"})
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    series = read_series(tmp_path / "m.jsonl", "loss/dmd", "baseline")
+def test_a_curve_takes_the_strings_for_non_finite() -> None:
+    records = [{"cycle": 1, "loss/dmd": 0.5}, {"cycle": 2, "loss/critic": 1.0}, {"cycle": 3, "loss/dmd": "nan"}]
+    series = series_of(records, "loss/dmd", "baseline")
     assert series.x == [1.0, 3.0] and series.y[0] == 0.5 and math.isnan(series.y[1])
 
 
