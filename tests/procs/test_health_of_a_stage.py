@@ -25,7 +25,8 @@ from tests.procs import tiny
 from tests.procs.conftest import run_threads
 from tests.procs.tiny import TIMEOUT
 
-TWO_FRAMES = ("video.latent_frames=6", "video.frames_per_segment=2")  # then there are boundaries to jump at
+ONE_BLOCK = ("teacher.blocks=1", "generator.blocks=1", "foresight.depth=1")
+TWO_FRAMES = (*ONE_BLOCK, "video.latent_frames=6", "video.frames_per_segment=2")  # then there are boundaries to jump at
 GATED = "foresight.preset=release"
 
 
@@ -58,14 +59,14 @@ def test_ranks_and_micro_batches_measure_what_the_whole_batch_would() -> None:
     assert {"motion/relative", "boundary_jump", "score/guided_std", "drift/mean"} < expected.keys()
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert not [name for name in metrics if "#" in name]
+    assert "gate/ffn" not in metrics  # the paper's predictor has none
 
 
 def test_gates_are_those_of_all_ranks() -> None:
-    """Rows of a modulation lie on several ranks: three on each of two, and of four one has none."""
-    whole = [generator_update(ranks, GATED)[1] for ranks in (1, 2, 4)]
+    """Of the six rows of a modulation each of four ranks holds two, one none, and two of them a gate."""
+    alone, together = (generator_update(ranks, GATED)[1] for ranks in (1, 4))
     for name in health.GATES:
-        assert whole[0][name] > 0 and whole[1][name] == whole[2][name] == pytest.approx(whole[0][name], rel=1e-6)
-    assert "gate/ffn" not in generator_update(1)[1]  # the paper's predictor has none
+        assert alone[name] > 0 and together[name] == pytest.approx(alone[name], rel=1e-6)
 
 
 def test_no_reduction_is_added() -> None:
@@ -85,7 +86,8 @@ def test_no_reduction_is_added() -> None:
 
 def test_only_what_is_trained_is_measured() -> None:
     late = tiny.recipe("foresight.start_cycle=1", GATED)
-    baseline = tiny.recipe("foresight.weight=0", "alarms.warmup_cycles=1", "alarms.window_cycles=1")
+    baseline = tiny.recipe("foresight.weight=0", "alarms.warmup_cycles=1", "alarms.window_cycles=1",
+                           *ONE_BLOCK)
 
     def body(rank: int) -> None:
         stage = tiny.stage_of(late, "distil")
@@ -95,7 +97,7 @@ def test_only_what_is_trained_is_measured() -> None:
                            {"critic"}, {"critic", "predictor"}]  # the release replays from the second critic update on
         assert ["gate/ffn" in values for values in positions] == [False, False, False, True, False, False]
         stage = tiny.stage_of(baseline, "distil")
-        positions = tiny.train(stage, 9)
+        positions = tiny.train(stage, 6)
         assert not [name for values in positions for name in values if "predictor" in name or name.startswith("gate/")]
         seen = stage.alarms.state()["alarms"]["predictor_frozen"]
         assert "predictor_frozen" not in stage.alarms.raised and not seen["start"]
@@ -106,10 +108,10 @@ def test_only_what_is_trained_is_measured() -> None:
 
 # --- alarms in the loop ----------------------------------------------------------------------------------------
 
-# Every clip of such networks stands stiller than a thousand times the teacher's estimate: one alarm, in cycle 3.
-ALARMED = ("alarms.warmup_cycles=2", "alarms.window_cycles=2", "alarms.motion=1000",
+# Every clip of such networks stands stiller than a thousand times the teacher's estimate: one alarm, in cycle 1.
+ALARMED = (*ONE_BLOCK, "alarms.warmup_cycles=1", "alarms.window_cycles=1", "alarms.motion=1000",
            *(f"alarms.{other}=0" for other in
-             ("saturation", "mean_drift", "critic_lag", "moved", "score_scale", "timesteps")), "stages.distil.cycles=6")
+             ("saturation", "mean_drift", "critic_lag", "moved", "score_scale", "timesteps")), "stages.distil.cycles=3")
 POSITIONS = 3
 
 
@@ -158,13 +160,13 @@ def test_an_alarm_is_told_once_and_written_beside_the_metrics(straight: tuple[Pa
     assert state["alarms"]["motion_collapse"]["raised"]
     found = records(folder)
     (told,) = [record for record in found if "alarm" in record]
-    assert found.index(told) == 4 * POSITIONS and (told["cycle"], told["position"]) == (3, POSITIONS - 1)
+    assert found.index(told) == 2 * POSITIONS and (told["cycle"], told["position"]) == (1, POSITIONS - 1)
     assert told["alarm"] == "motion_collapse" and told["alarm/motion_collapse"] == 1.0
     (line,) = said(folder)
-    assert "warning: alarm motion_collapse at cycle 3: motion/relative is " in line and told["sentence"] in line
+    assert "warning: alarm motion_collapse at cycle 1: motion/relative is " in line and told["sentence"] in line
     job = Job("distil", "distil", folder, tiny.recipe(*ALARMED), tiny.SEED, "foresight")
     assert account.alarms([job]) == [
-        RunAlarms(f"foresight, seed {tiny.SEED}", [AlarmChange(3, True, told["sentence"])], "")]
+        RunAlarms(f"foresight, seed {tiny.SEED}", [AlarmChange(1, True, told["sentence"])], "")]
     curves = {chart.title: chart for group in account.curves([job]) for chart in group.charts}
     assert [line.name for line in curves["fraction of weights moved, foresight"].series] == [
         "generator", "critic", "predictor"]
@@ -172,8 +174,8 @@ def test_an_alarm_is_told_once_and_written_beside_the_metrics(straight: tuple[Pa
     assert len(buckets) > 2 and {line.name for line in buckets} <= set(health.bucket_names())
 
 
-# before, at and after the position that ends the cycle it rises in
-@pytest.mark.parametrize("position", [4, 3 * POSITIONS + 2, 4 * POSITIONS, 4 * POSITIONS + 1])
+# before the position that ends the cycle it rises in, and after it
+@pytest.mark.parametrize("position", [2 * POSITIONS - 1, 2 * POSITIONS])
 def test_a_resumed_run_says_what_the_uninterrupted_one_does(straight: tuple[Path, Any], tmp_path: Path,
                                                             position: int) -> None:
     folder, state = straight
@@ -186,7 +188,7 @@ def test_a_resumed_run_says_what_the_uninterrupted_one_does(straight: tuple[Path
 def test_a_run_that_is_to_stop_saves_says_why_and_goes_on_when_told_again(straight: tuple[Path, Any],
                                                                          tmp_path: Path) -> None:
     folder, state = straight
-    with pytest.raises(Alarmed, match=r"distil: alarm motion_collapse at cycle 3: .*; saved before cycle 4") as caught:
+    with pytest.raises(Alarmed, match=r"distil: alarm motion_collapse at cycle 1: .*; saved before cycle 2") as caught:
         run(tmp_path, "alarms.on_alarm=stop")
     assert caught.value.exit_code == 20 and "\n" not in str(caught.value)
     assert run(tmp_path, "alarms.on_alarm=stop") == state
