@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirai_dist.method import health
+from mirai_dist.models.predictor import PredictorBlock
 from mirai_dist.parallel.materialize import own_part
 from mirai_dist.state.ema import local
 
@@ -38,12 +39,14 @@ def step_lists(stage: DmdStage) -> None:
 
 def gates(stage: DmdStage, predictor: nn.Module) -> None:
     """Gate norms of a gated predictor; the plain one has no gates."""
-    modulations = [block.modulation for block in predictor.get_submodule("blocks").children()]
-    if any(modulation is None for modulation in modulations):
-        return
-    own = []
-    for modulation in modulations:
-        numbers = torch.arange(len(modulation)).unsqueeze(1).expand(modulation.shape)
-        rows = own_part(numbers, modulation)[:, 0].tolist()
-        own.append((local(modulation), rows[0] if rows else 0))
-    stage.metrics.add_all(health.gate_norms(own))
+    blocks = [block for block in predictor.modules() if isinstance(block, PredictorBlock)]
+    modulations = [block.modulation for block in blocks if block.modulation is not None]
+    if modulations:
+        stage.metrics.add_all(health.gate_norms([(local(each), _first_row(each)) for each in modulations]))
+
+
+def _first_row(parameter: Tensor) -> int:
+    """Which row of the whole parameter this rank's part begins with; 0 where it has none."""
+    numbers = torch.arange(parameter.shape[0]).unsqueeze(1).expand(parameter.shape)
+    rows = own_part(numbers, parameter)[:, 0].tolist()
+    return rows[0] if rows else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -162,11 +163,11 @@ def test_a_value_that_is_not_finite_is_outside() -> None:
     "off", ["saturation", "mean_drift", "motion", "critic_lag", "moved", "score_scale", "timesteps"]
 )
 def test_a_limit_of_zero_turns_its_alarms_off(off: str) -> None:
-    left = {alarm.name for alarm in dmd_alarms(Limits(**{off: 0}), 24)}
+    left = {alarm.name for alarm in dmd_alarms(replace(Limits(), **{off: 0}), 24)}
     gone = {"motion": {"motion_collapse"}, "moved": {"generator_frozen", "critic_frozen", "predictor_frozen"},
             "timesteps": {"score_timesteps", "rollout_timesteps"}}.get(off, {off})
     assert left == set(ILL) - gone
-    alarms = alarms_of(Limits(**{off: 0}))
+    alarms = alarms_of(replace(Limits(), **{off: 0}))
     feed(alarms, range(30), {ILL[name][0]: ILL[name][1] for name in gone})
     assert alarms.raised == []
 
