@@ -109,14 +109,14 @@ def _charts(curve: Curve, runs: Sequence[tuple[str, Records]]) -> list[LineChart
 
 
 def alarms(jobs: Sequence[Job]) -> list[RunAlarms]:
-    """What the alarms of every arm and seed said."""
+    """What the alarms of every dmd stage, arm and seed said."""
     found = []
     for job in jobs:
-        if job.arm:
+        stage = job.recipe.stages[job.stage]
+        if stage.kind == "dmd":
             said = [r for r in records(job.directory / "metrics.jsonl") if "alarm" in r]
             changes = [AlarmChange(r["cycle"], r[f"alarm/{r['alarm']}"] == 1.0, r["sentence"]) for r in said]
-            quiet = silence(job.recipe.alarms, job.recipe.stages[job.stage].cycles)
-            found.append(RunAlarms(f"{job.arm}, seed {job.seed}", changes, quiet))
+            found.append(RunAlarms(job.title, changes, silence(job.recipe.alarms, stage.cycles)))
     return found
 
 
@@ -143,15 +143,19 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 def provenance(resolved: Resolved, jobs: Sequence[Job], report_seconds: float) -> Provenance:
     """Command, commit, machine, versions, and seconds of every job."""
-    seconds = {job.title: json.loads((job.directory / "DONE").read_text())["seconds"] for job in jobs}
     return Provenance(
         command=shlex.join(["python", "-m", "mirai_dist", *sys.argv[1:]]),
         commit=commit_of_code(),
         machine=f"{platform.machine()}, {cpu_count()} cores, Python {platform.python_version()}",
         recipe_digest=digest(resolved.recipe),
         versions={name: metadata.version(name) for name in PACKAGES if _installed(name)},
-        stage_seconds=seconds | {"report": report_seconds},
+        stage_seconds=seconds(jobs) | {"report": report_seconds},
     )
+
+
+def seconds(jobs: Sequence[Job]) -> dict[str, float]:
+    """Seconds that every job took, by its title; of one that was interrupted, those after the interruption."""
+    return {job.title: json.loads((job.directory / "DONE").read_text())["seconds"] for job in jobs}
 
 
 def cpu_count() -> int:

@@ -164,9 +164,9 @@ def test_an_alarm_is_told_once_and_written_beside_the_metrics(straight: tuple[Pa
     assert told["alarm"] == "motion_collapse" and told["alarm/motion_collapse"] == 1.0
     (line,) = said(folder)
     assert "warning: alarm motion_collapse at cycle 1: motion/relative is " in line and told["sentence"] in line
-    job = Job("distil", "distil", folder, tiny.recipe(*ALARMED), tiny.SEED, "foresight")
+    job = Job("distil", "distil foresight", folder, tiny.recipe(*ALARMED), tiny.SEED, "foresight")
     assert account.alarms([job]) == [
-        RunAlarms(f"foresight, seed {tiny.SEED}", [AlarmChange(1, True, told["sentence"])], "")]
+        RunAlarms("distil foresight", [AlarmChange(1, True, told["sentence"])], "")]
     curves = {chart.title: chart for group in account.curves([job]) for chart in group.charts}
     assert [line.name for line in curves["fraction of weights moved, foresight"].series] == [
         "generator", "critic", "predictor"]
