@@ -21,7 +21,7 @@ from mirai_dist.config.gates import Interval, bounds_of, has_reference
 from mirai_dist.cycle.cycle import Stopped
 from mirai_dist.cycle.pipeline import Job, Place, open_pairs, run_on
 from mirai_dist.cycle.stages import Run
-from mirai_dist.cycle.starts import Source, Started, fill, identity, starts_of
+from mirai_dist.cycle.starts import Source, Started, fill, identity, source_of
 from mirai_dist.cycle.studio import Studio, gathered
 from mirai_dist.evaluate import gate as measures_of
 from mirai_dist.evaluate import report as page
@@ -58,7 +58,7 @@ class Gate:
 
     @property
     def parent(self) -> Source:
-        found = starts_of(self.job.recipe, self.job.stage, self.place.run_dir).parent
+        found = source_of(self.job.recipe, self.job.stage, self.settings.parent, self.place.run_dir)
         assert found is not None  # a rule refuses a gate without a parent
         return found
 

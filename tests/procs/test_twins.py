@@ -104,6 +104,10 @@ def test_the_twin_runs_to_its_report(path: Path, tmp_path: Path) -> None:
         assert f"{name}: {count}\n" in (run_dir / "effective.yaml").read_text()
         for arm, job in jobs(twin, name, run_dir):
             check_job(arm, name, job)
+    gate = json.loads((run_dir / "stages/distil/gate.json").read_text())
+    assert gate["passed"] and [len(each["values"]) for each in gate["measures"]] == [2] * 3
+    # bounds are absolute where there are prompts and no clips
+    assert [each["reference"] == "nan" for each in gate["measures"]] == [bool(twin.recipe.data.prompts)] * 3
     if twin.recipe.weights:
         starts_from_its_files(twin.recipe, run_dir / "stages" / "distil")
 
