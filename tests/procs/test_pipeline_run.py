@@ -26,20 +26,9 @@ from mirai_dist.state import commit
 from tests.procs import tiny
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "recipes" / "tiny" / "video_mirai.yaml"
+RECIPE = Path(__file__).with_name("pipeline.yaml")
 STAGES = {"teacher": 2, "ar_teacher": 1, "few_step": 1, "distil": 2}  # cycles
 ARMS = ("baseline", "foresight", "causal-encoder", "shuffled-targets")
-SHRUNKEN = [
-    "video.latent_frames=4", "video.frames_per_segment=2", "video.latent_height=2", "video.latent_width=2",
-    "world.speed=1", "world.radius=3", "text.dim=8", "foresight.predictor_blocks=1", "dmd.critic_updates=2",
-    "teacher.dim=12", "teacher.ffn_dim=16", "teacher.heads=1", "teacher.blocks=1", "teacher.freq_dim=8",
-    "foresight.depth=1", "rollout.steps=[1000,500]", "study.seeds=[11]", "checkpoint.every_cycles=1",
-    "evaluate.samples=2", "evaluate.grid_every=1", "evaluate.teacher_steps=2",
-    "evaluate.probe_clips=8", "evaluate.probe_updates=1", "stages.distil.gate={clips: 2, failing: 1}",
-    *(f"stages.{name}.cycles={cycles}" for name, cycles in STAGES.items()),
-    *(f"stages.{name}.optimizer.warmup=0" for name in STAGES),
-    *(f"stages.{name}.batch.{key}" for name in STAGES for key in ("micro_size=2", "global_size=4")),
-]
 
 
 def environment() -> dict[str, str]:
@@ -53,7 +42,7 @@ def environment() -> dict[str, str]:
 
 def start(run_dir: Path, nproc: int = 2, more: Sequence[str] = ()) -> subprocess.Popen[str]:
     """`mirai train` on several ranks; one rank is started without any launcher."""
-    arguments = ["--run-dir", str(run_dir), *SHRUNKEN, *more]
+    arguments = ["--run-dir", str(run_dir), *more]
     mirai = ["mirai_launch", "train", str(RECIPE), "--nproc", str(nproc)]
     command = mirai if nproc > 1 else ["mirai_dist", "--recipe", str(RECIPE)]
     return subprocess.Popen([sys.executable, "-m", *command, *arguments], env=environment(), text=True,
