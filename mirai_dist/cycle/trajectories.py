@@ -132,7 +132,7 @@ def _say(making: Making, plan: Plan, missing: int, console: Console) -> None:
 def _teacher(making: Making, device: torch.device) -> tuple[nn.Module, Started]:
     """The whole AR teacher, in the compute dtype, on this device."""
     recipe = making.recipe
-    source = source_of(recipe, making.stage, "parent", making.run_dir)
+    source = source_of(recipe, making.stage, making.settings.parent, making.run_dir)
     assert source is not None  # a rule wants the parent of an ode stage
     with torch.device("meta"):
         network = WanModel(wan_shape(recipe.generator, recipe))
