@@ -9,6 +9,7 @@ import torch
 
 from mirai_dist.config import schema
 from mirai_dist.config.rules import accumulation
+from mirai_dist.cycle.attending import attention_of
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.plan.shards import ShardPlan, predictor_plan, ranks_per_shard, wan_plan
@@ -30,7 +31,7 @@ def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
         "device": device,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "attention": "torch scaled_dot_product_attention",
+        "attention": attention_of(recipe, torch.device(device)).told(),
         "prompts": recipe.data.prompts or "captions of the procedural world",
         "text": f"{recipe.text.encoder} {recipe.text.path}".strip(),
         "starts": _starts(recipe),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirai_dist.config import schema
+from mirai_dist.cycle.attending import backends_of
 from mirai_dist.method.dmd import Velocity
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.rollout import Past, RolloutSettings, SegmentNetwork
@@ -108,8 +109,9 @@ class Builder:
 
     def wan(self, name: str, network: schema.Network, training: Training | None, fill: Fill | None = None) -> Role:
         """A Wan DiT filled by `fill`, or with random weights keyed by the role's and each parameter's name."""
+        backends = backends_of(self.recipe, self.draws.device)
         with torch.device("meta"):
-            model = WanModel(wan_shape(network, self.recipe))
+            model = WanModel(wan_shape(network, self.recipe), backends)
         plan = wan_plan(self.recipe.parallel, network.blocks, trained=training is not None)
         self.engine.build(model, plan, fill or self._drawn(name, wan_model.initialise))
         role = Role(name, model, plan, self.engine, training)
@@ -122,9 +124,10 @@ class Builder:
     def predictor(self, gated: bool, bf16_masters: bool, training: Training) -> Role:
         """The foresight predictor, from the generator's width to the teacher's."""
         generator, teacher = self.recipe.generator, self.recipe.teacher
+        backends = backends_of(self.recipe, self.draws.device)
         with torch.device("meta"):
             model = predictor_model.Predictor(
-                generator.dim, teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated
+                generator.dim, teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated, backends
             )
         plan = predictor_plan(self.recipe.parallel, bf16_masters)
         self.engine.build(model, plan, self._drawn("predictor", predictor_model.initialise))
