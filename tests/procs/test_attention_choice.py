@@ -1,0 +1,52 @@
+"""All ranks of a run compute attention in one way, and say which."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from mirai_dist.attention.patterns import TORCH
+from mirai_dist.attention.select import Choice
+from mirai_dist.config import RecipeError
+from mirai_dist.cycle import attending
+from tests.procs import tiny
+
+
+def refusals(threads, recipe) -> list[str]:
+    def body(rank: int) -> str:
+        try:
+            attending.check_ranks_agree(recipe, tiny.CPU)
+        except RecipeError as error:
+            return str(error)
+        return ""
+
+    return threads(3)(body)
+
+
+def test_ranks_of_equal_machines_agree(threads) -> None:
+    assert refusals(threads, tiny.recipe()) == [""] * 3
+    # what none of them has is refused where attention is first used, by the line that tells what to do
+    assert refusals(threads, tiny.recipe("parallel.attention=xformers")) == [""] * 3
+
+
+def test_a_rank_that_would_compute_otherwise_stops_all(threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_of(recipe, device) -> Choice:
+        return Choice(TORCH, "flash-2" if dist.get_rank() == 2 else "cudnn", "dense", ())
+
+    monkeypatch.setattr(attending, "attention_of", attention_of)
+    (said,) = set(refusals(threads, tiny.recipe()))
+    assert said == (
+        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn and segment_attention dense, rank 2 "
+        "has attention flash-2 and segment_attention dense; name what all have, here and in segment_attention"
+    )
+
+
+def test_a_rank_without_what_was_named_stops_all(threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_of(recipe, device) -> Choice:
+        if dist.get_rank() == 1:
+            raise RecipeError("parallel.attention", "flash cannot be used here")
+        return Choice(TORCH, "flash-2", "dense", ())
+
+    monkeypatch.setattr(attending, "attention_of", attention_of)
+    (said,) = set(refusals(threads, tiny.recipe()))
+    assert "rank 1 has parallel.attention: flash cannot be used here" in said
