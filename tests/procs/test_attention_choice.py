@@ -1,15 +1,37 @@
-"""All ranks of a run compute attention in one way, and say which."""
+"""Networks attend with what the recipe names, on all ranks, and effective.yaml tells it."""
 
 from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
 
-from mirai_dist.attention.patterns import TORCH
+from mirai_dist.attention import sdpa
+from mirai_dist.attention.patterns import TORCH, Backends, BySegment
 from mirai_dist.attention.select import Choice
 from mirai_dist.config import RecipeError
 from mirai_dist.cycle import attending
+from mirai_dist.cycle.effective import effective
+from mirai_dist.cycle.roles import Role
 from tests.procs import tiny
+
+
+def test_every_network_of_a_run_attends_with_what_the_recipe_names(threads) -> None:
+    recipe = tiny.recipe("parallel.attention=sdpa-flash")
+
+    def body(rank: int) -> None:
+        stage = tiny.stage_of(recipe, "distil")
+        networks = {role.name: role.network for role in vars(stage).values() if isinstance(role, Role)}
+        assert networks.keys() == {"generator", "critic", "teacher", "predictor"}
+        for name, network in networks.items():
+            found = [module.dense for module in network.modules() if hasattr(module, "dense")]
+            assert len(found) == len(network.blocks) and set(found) == {sdpa.FLASH}, name
+        for name in ("generator", "critic", "teacher"):
+            assert networks[name].backends == Backends(sdpa.FLASH, BySegment(sdpa.FLASH))
+
+    with tiny.lively():
+        threads(1)(body)
+    told = effective(recipe, 1, "cpu")["attention"]
+    assert told == {"dense": "sdpa-flash", "segments": "dense calls, segment by segment", "refused": {}}
 
 
 def refusals(threads, recipe) -> list[str]:

@@ -25,8 +25,9 @@ from tests.unit.test_attention_patterns import Sizes
 
 CPU = torch.device("cpu")
 ON_CPU = [pytest.param(sdpa.dense, id="sdpa"), pytest.param(sdpa.FLASH, id="sdpa-flash")]
-# (segment, segments): less than a block, more, a whole one, edges in the middle of blocks, many in one block
-SEGMENTS = [(3, 6), (100, 6), (130, 4), (128, 4), (257, 2), (1, 300)]
+# (segment, segments): less than a block, more, a whole one, edges in the middle of blocks, many in one block, and one
+# token over, which alone sees itself in the last block
+SEGMENTS = [(3, 6), (100, 6), (130, 4), (128, 4), (257, 2), (1, 300), (43, 3)]
 EXACT = 1e-14  # of float64, relative to the largest
 
 

@@ -58,6 +58,13 @@ def test_foresight_blocks_follow_preset_and_depth() -> None:
     assert used("teacher.blocks=4")["foresight"] == {"generator blocks": 1, "encoder blocks": 2}
 
 
+def test_attention_is_told_with_who_was_refused() -> None:
+    refused = {"flash-2, xformers": "needs a CUDA device"}
+    assert used()["attention"] == {"dense": "sdpa", "segments": "dense calls, segment by segment", "refused": refused}
+    with pytest.raises(RecipeError, match=r"^parallel.attention: sdpa-efficient cannot be used here"):
+        used("parallel.attention=sdpa-efficient")
+
+
 def test_versions_are_those_that_run() -> None:
     assert used()["torch"] == torch.__version__ and used()["device"] == "cpu"
     assert used()["segments"] == 3
