@@ -114,12 +114,12 @@ def test_a_chunk_and_its_past(candidate: Candidate, past: int) -> None:
 
 def test_flex_attention_of_two_segments_is_exact() -> None:
     """[clean | noisy] of two chunks, against a mask; one head, for the sake of the reference's memory."""
-    inputs = tuple(drawn(seed, 2 * 2 * SEGMENT)[:, :, :1] for seed in range(3))
+    q, k, v = (drawn(seed, 2 * 2 * SEGMENT)[:, :, :1] for seed in range(3))
     mask = teacher_forced_mask(2 * SEGMENT, SEGMENT, torch.device(DEVICE))
     with torch.no_grad():
-        exact = masked_attention(*(each.double() for each in inputs), mask)
-        plain = BySegment().teacher_forced(SEGMENT)(*inputs)
-        ours = flex.load().teacher_forced(SEGMENT)(*inputs)
+        exact = masked_attention(q.double(), k.double(), v.double(), mask)
+        plain = BySegment().teacher_forced(SEGMENT)(q, k, v)
+        ours = flex.load().teacher_forced(SEGMENT)(q, k, v)
     ((mine,), (other,)) = errors([ours], [exact]), errors([plain], [exact])
     assert mine <= OWN_ERROR * other
 

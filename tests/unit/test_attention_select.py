@@ -37,10 +37,10 @@ class Wrong(torch.autograd.Function):
         return sdpa.dense(q, k, v)
 
     @staticmethod
-    def backward(ctx: Any, *towards: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, towards: Tensor) -> Any:  # type: ignore[override]
         with torch.enable_grad():
             leaves = [each.detach().requires_grad_() for each in ctx.saved_tensors]
-            found = list(torch.autograd.grad(sdpa.dense(*leaves), leaves, *towards))
+            found = list(torch.autograd.grad(sdpa.dense(*leaves), leaves, towards))
         found[ctx.which] = found[ctx.which] * 0.9
         return *found, None
 
