@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.config.digest import to_yaml
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
-    from mirai_dist.cycle.attending import check_ranks_agree
+    from mirai_dist.cycle.attending import check_attention
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
     from mirai_dist.cycle.pipeline import Place, run_pipeline
@@ -46,11 +46,13 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     ranks = bootstrap.start()
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
-    files.check(resolved.recipe, resolved.origins)
-    check_layout(resolved.recipe, ranks.world_size)
+    for variant in resolved.variants():
+        files.check(variant.recipe, variant.origins)
+        check_layout(variant.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
-    check_ranks_agree(resolved.recipe, ranks.device)
-    used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
+    for variant in (*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)):
+        check_attention(variant.recipe, ranks.device)
+    used = dump(effective(resolved, ranks.world_size, ranks.device.type))
     claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
     try:

@@ -29,8 +29,9 @@ def backends_of(recipe: schema.Recipe, device: torch.device, trained: bool = Tru
     return attention_of(recipe, device, trained).backends
 
 
-def check_ranks_agree(recipe: schema.Recipe, device: torch.device) -> None:
-    """Refuse ranks that would compute attention in different ways: their gradients would differ by rounding, unseen.
+def check_attention(recipe: schema.Recipe, device: torch.device) -> None:
+    """Refuse, before anything is trained, what no rank can compute, and ranks that would compute in different ways:
+    their gradients would differ by rounding, unseen.
 
     Called by all ranks. Raises RecipeError on all of them.
     """
@@ -40,11 +41,12 @@ def check_ranks_agree(recipe: schema.Recipe, device: torch.device) -> None:
         if found != everyone[0]:
             what = f"the nodes are not alike: rank 0 has {everyone[0]}, rank {rank} has {found}"
             raise RecipeError("parallel.attention", f"{what}; name what all have, here and in segment_attention")
+    attention_of(recipe, device)
 
 
 def _in_a_word(recipe: schema.Recipe, device: torch.device) -> str:
     try:
         choice = attention_of(recipe, device)
     except RecipeError as error:
-        return str(error)  # told to the others; where all say so, the first to use attention raises it
+        return str(error)  # told to the others first
     return f"attention {choice.dense} and segment_attention {choice.segments}"

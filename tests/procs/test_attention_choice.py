@@ -8,7 +8,7 @@ import torch.distributed as dist
 from mirai_dist.attention import sdpa
 from mirai_dist.attention.patterns import TORCH, Backends, BySegment
 from mirai_dist.attention.select import Choice
-from mirai_dist.config import RecipeError
+from mirai_dist.config import RecipeError, load
 from mirai_dist.cycle import attending
 from mirai_dist.cycle.effective import effective
 from mirai_dist.cycle.roles import Role
@@ -24,20 +24,21 @@ def test_every_network_of_a_run_attends_with_what_the_recipe_names(threads) -> N
         assert networks.keys() == {"generator", "critic", "teacher", "predictor"}
         for name, network in networks.items():
             found = [module.dense for module in network.modules() if hasattr(module, "dense")]
-            assert len(found) == len(list(network.get_submodule("blocks").children())) and set(found) == {sdpa.FLASH}, name
+            blocks = list(network.get_submodule("blocks").children())
+            assert found == [sdpa.FLASH] * len(blocks), name
         for name in ("generator", "critic", "teacher"):
             assert networks[name].backends == Backends(sdpa.FLASH, BySegment(sdpa.FLASH))
 
     with tiny.lively():
         threads(1)(body)
-    told = effective(recipe, 1, "cpu")["attention"]
+    told = effective(load(tiny.RECIPE, ("parallel.attention=sdpa-flash",)), 1, "cpu")["attention"]
     assert told == {"dense": "sdpa-flash", "segments": "dense calls, segment by segment", "refused": {}}
 
 
 def refusals(threads, recipe) -> list[str]:
     def body(rank: int) -> str:
         try:
-            attending.check_ranks_agree(recipe, tiny.CPU)
+            attending.check_attention(recipe, tiny.CPU)
         except RecipeError as error:
             return str(error)
         return ""
@@ -47,8 +48,8 @@ def refusals(threads, recipe) -> list[str]:
 
 def test_ranks_of_equal_machines_agree(threads) -> None:
     assert refusals(threads, tiny.recipe()) == [""] * 3
-    # what none of them has is refused where attention is first used, by the line that tells what to do
-    assert refusals(threads, tiny.recipe("parallel.attention=xformers")) == [""] * 3
+    (said,) = set(refusals(threads, tiny.recipe("parallel.attention=xformers")))
+    assert said.startswith("parallel.attention: xformers cannot be used here (xformers: needs a CUDA device)")
 
 
 def test_a_rank_that_would_compute_otherwise_stops_all(threads, monkeypatch: pytest.MonkeyPatch) -> None:
