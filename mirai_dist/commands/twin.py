@@ -172,7 +172,12 @@ def _shrunken(recipe: Recipe, scale: Scale) -> Recipe:
             optimizer=_optimizer(recipe.foresight.optimizer),
         ),
         stages={name: _stage(stage, scale) for name, stage in recipe.stages.items()},
-        parallel=replace(recipe.parallel, replicas=min(recipe.parallel.replicas, RANKS)),
+        parallel=replace(
+            recipe.parallel,
+            replicas=min(recipe.parallel.replicas, RANKS),
+            attention="auto",  # what was named may need a GPU
+            segment_attention="auto",
+        ),
         checkpoint=replace(recipe.checkpoint, every_cycles=1),
         study=replace(recipe.study, seeds=recipe.study.seeds[:1]),
         evaluate=_evaluate(recipe.evaluate),

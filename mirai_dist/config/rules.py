@@ -683,6 +683,20 @@ def _saturation_limit(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("alarms.saturation",), f"{what}; use more than 1, such as 1.5, or 0 to turn it off")
 
 
+# --- attention -----------------------------------------------------------------------------------------------
+
+_HALF_ONLY = ("cudnn", "flash")  # has no kernels for float32; other backends depend on the device: the run asks them
+
+
+@rule("half-attention")
+def _half_attention(recipe: Recipe) -> Iterator[Problem]:
+    parallel = recipe.parallel
+    if parallel.attention in _HALF_ONLY and parallel.compute_dtype != "bfloat16":
+        what = f"parallel.attention {parallel.attention} computes in bfloat16, and parallel.compute_dtype is"
+        what = f"{what} {parallel.compute_dtype}; use attention auto or sdpa, or compute_dtype bfloat16"
+        yield Problem(("parallel.attention", "parallel.compute_dtype"), what)
+
+
 # --- the study -----------------------------------------------------------------------------------------------
 
 # Arms share their start, data and draws: nothing that earlier stages or the report read may differ between them.

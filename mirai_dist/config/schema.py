@@ -304,7 +304,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How networks are sharded; read by plan.shards, which planner and run share."""
+    """How networks are sharded, read by plan.shards, which planner and run share; and what computes attention."""
 
     replicas: int = key(1, help="HSDP replicas; ranks / replicas shard each network")
     compute_dtype: str = key(
@@ -319,6 +319,18 @@ class Parallel:
     )
     sync_every_micro_batch: bool = key(
         False, help="reduce gradients after each micro-batch (less memory) or the last one only"
+    )
+    attention: str = key(
+        "auto",
+        help="what computes dense attention; auto: the fastest that is found exact on this machine; sdpa: torch's own "
+        "choice, cudnn and sdpa-...: one of torch's kernels; flash: the newest FlashAttention package",
+        choices=("auto", "sdpa", "cudnn", "sdpa-flash", "sdpa-efficient", "flash", "xformers"),
+    )
+    segment_attention: str = key(
+        "auto",
+        help="what computes attention over segments, in teachers that train in one pass; dense: calls of "
+        "parallel.attention, segment by segment; flex: FlexAttention, one call",
+        choices=("auto", "dense", "flex"),
     )
 
 

@@ -139,6 +139,12 @@ BROKEN = [
     ("offsets", ["foresight.offsets=[-1]"], "foresight.offsets [-1]"),
     ("offsets", ["video.frames_per_segment=12"], "from 0 to 0"),
     (
+        "half-attention",
+        ["parallel.attention=flash", "parallel.compute_dtype=float32"],
+        "parallel.attention flash computes in bfloat16, and parallel.compute_dtype is float32",
+    ),
+    ("half-attention", ["parallel.attention=cudnn", "parallel.compute_dtype=float32"], "use attention auto or sdpa"),
+    (
         "shuffled-targets",
         ["foresight.targets=shuffled", "stages.distil.batch={global_size: 8, micro_size: 1}"],
         "stages.distil.batch.micro_size above 1",
