@@ -254,6 +254,21 @@ class StageForesight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Whether a stage's start is fit to be trained further; judged before the stage begins (evaluate/gate.py).
+
+    Bounds are [low, high]: in multiples of the median of clean clips where there are some, else absolute
+    (config/gates.py, which also has the defaults).
+    """
+
+    clips: int = key(0, help="clips of fixed prompts that are rolled out and measured; 0: no gate")
+    boundary_jump: list[float] = key(list, help="bounds of the largest step across a segment boundary; empty: default")
+    motion: list[float] = key(list, help="bounds of the mean change from frame to frame; empty: default")
+    saturation: list[float] = key(list, help="bounds of the spread of a clip's latents; empty: default")
+    failing: float = key(0.25, help="share of the clips that may be outside the bounds of a measure")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of the pipeline; stages run in the order they are written."""
 
@@ -271,6 +286,7 @@ class Stage:
         "encoder alone (kinds ode and consistency with foresight)",
     )
     critic: str = key("", help="stage or weights that the critic starts from instead of the teacher's (kind dmd)")
+    gate: Gate = key(Gate, help="what the parent must be fit for before the stage begins")
     cycles: int = key(help="cycles to run: one update, or for dmd one generator and all critic updates")
     batch: Batch = key(help="batch of every update of the stage")
     optimizer: Optimizer = key(help="AdamW of the trained network (kind dmd: the generator)")
@@ -288,7 +304,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How networks are sharded; read by plan.shards, which planner and run share."""
+    """How networks are sharded, read by plan.shards, which planner and run share; and what computes attention."""
 
     replicas: int = key(1, help="HSDP replicas; ranks / replicas shard each network")
     compute_dtype: str = key(
@@ -303,6 +319,18 @@ class Parallel:
     )
     sync_every_micro_batch: bool = key(
         False, help="reduce gradients after each micro-batch (less memory) or the last one only"
+    )
+    attention: str = key(
+        "auto",
+        help="what computes dense attention; auto: the fastest that is found exact on this machine; sdpa: torch's own "
+        "choice, cudnn and sdpa-...: one of torch's kernels; flash: the newest FlashAttention package",
+        choices=("auto", "sdpa", "cudnn", "sdpa-flash", "sdpa-efficient", "flash", "xformers"),
+    )
+    segment_attention: str = key(
+        "auto",
+        help="what computes attention over segments, in teachers that train in one pass; dense: calls of "
+        "parallel.attention, segment by segment; flex: FlexAttention, one call",
+        choices=("auto", "dense", "flex"),
     )
 
 

@@ -1,8 +1,8 @@
-"""The whole recipe: its stages in order, the study's arms and seeds, each skipped when already done.
+"""The training runs of a recipe: its stages in order, the study's arms and seeds, each skipped when already done.
 
-    for each stage:  build its networks, start them from the parent, resume, run the loop, mark it done
+    for each:  build its networks, start them from the parent, resume, run the loop, mark it done
 
-study.py measures what comes out of it.
+chain.py runs them, each stage behind its gate; study.py measures what comes out of it.
 """
 
 from __future__ import annotations
@@ -87,9 +87,13 @@ def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
 
 def make_run(job: Job, place: Place) -> Run:
     """Engine, keyed randomness, and what samples are conditioned on, for one job."""
-    recipe, ranks, kind = job.recipe, place.ranks, job.recipe.stages[job.stage].kind
+    return run_on(job, place, open_pairs(job, place) if job.recipe.stages[job.stage].kind == "ode" else None)
+
+
+def run_on(job: Job, place: Place, pairs: LatentStore | LmdbClips | None) -> Run:
+    """The same on these trajectories, or without any."""
+    recipe, ranks = job.recipe, place.ranks
     engine = FsdpEngine(build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type), ranks.device)
-    pairs = open_pairs(job, place) if kind == "ode" else None
     clips = clips_of(recipe, ranks.device) if needs_clips(job) else None
     captions: CaptionSource = clips.captions_source if clips else pairs or PromptFile(Path(recipe.data.prompts))
     conditions = sharded(conditions_of(recipe, captions, ranks.device), recipe, engine)
@@ -165,11 +169,3 @@ def mark_done(job: Job, summary: dict[str, Any]) -> None:
     beside = job.directory / "DONE.new"
     beside.write_text(json.dumps(summary))
     beside.replace(job.directory / "DONE")
-
-
-def run_pipeline(resolved: Resolved, place: Place) -> None:
-    """Train every job of the recipe that is not done yet."""
-    for job in jobs(resolved, place.run_dir):
-        torch.distributed.barrier()  # rank 0 may still be writing the last job's marker
-        train(job, place)
-    torch.distributed.barrier()

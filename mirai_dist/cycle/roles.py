@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirai_dist.config import schema
+from mirai_dist.cycle.attending import backends_of
 from mirai_dist.method import health
 from mirai_dist.method.dmd import Velocity
 from mirai_dist.method.flow import warped_steps
@@ -116,8 +117,9 @@ class Builder:
 
     def wan(self, name: str, network: schema.Network, training: Training | None, fill: Fill | None = None) -> Role:
         """A Wan DiT filled by `fill`, or with random weights keyed by the role's and each parameter's name."""
+        backends = backends_of(self.recipe, self.draws.device)
         with torch.device("meta"):
-            model = WanModel(wan_shape(network, self.recipe))
+            model = WanModel(wan_shape(network, self.recipe), backends)
         plan = wan_plan(self.recipe.parallel, network.blocks, trained=training is not None)
         self.engine.build(model, plan, fill or self._drawn(name, wan_model.initialise))
         role = Role(name, model, plan, self.engine, training)
@@ -130,9 +132,15 @@ class Builder:
     def predictor(self, gated: bool, bf16_masters: bool, training: Training, answers: int = 1) -> Role:
         """The foresight predictor, from the generator's width to so many times the teacher's."""
         generator, teacher = self.recipe.generator, self.recipe.teacher
+        backends = backends_of(self.recipe, self.draws.device)
         with torch.device("meta"):
             model = predictor_model.Predictor(
-                generator.dim, answers * teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated
+                generator.dim,
+                answers * teacher.dim,
+                generator.heads,
+                self.recipe.foresight.predictor_blocks,
+                gated,
+                backends,
             )
         plan = predictor_plan(self.recipe.parallel, bf16_masters)
         self.engine.build(model, plan, self._drawn("predictor", predictor_model.initialise))

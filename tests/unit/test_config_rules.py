@@ -49,6 +49,16 @@ BROKEN = [
     ("few-step-foresight", ["stages.few_step.foresight.weight=0.2"], "stages.few_step.teacher is missing"),
     ("few-step-foresight", ["stages.ar_teacher.foresight.weight=0.2"], "no effect in a stage of kind teacher_forcing"),
     ("few-step-foresight", ["stages.distil.foresight.fusion=none"], "foresight of dmd is the section foresight"),
+    ("gate-parent", ["stages.teacher.gate.clips=4"], "stage teacher starts from random weights"),
+    ("gate-parent", ["stages.ar_teacher.gate.clips=4"], "rolls out a causal network, and 'teacher' is bidirectional"),
+    ("gate-clips",
+     ["stages.distil.gate.clips=4", "video.latent_frames=3", "foresight.offsets=[0]", "study.arms={a: []}"],
+     "clips of 3 latent frames are too short: it takes two segments (6 frames) and 3 frames; set it to 0"),
+    ("gate-bounds", ["stages.distil.gate.motion=[1]"], "stages.distil.gate.motion is [1.0]; write [low, high]"),
+    ("gate-bounds", ["stages.distil.gate.motion=[2,1]"], "with 0 <= low < high, or [] for the default"),
+    ("gate-bounds", ["stages.distil.gate.saturation=[0,1e999]"], "is [0.0, inf]; write [low, high]"),
+    ("stage-name", ["stages.report=${stages.teacher}"], "stages.report has the name of a run's last step"),
+    ("range", ["stages.distil.gate.failing=1.5"], "it must be at least 0 and at most 1"),
     ("trajectories", ["stages.few_step.trajectories=4"], "has no effect in a stage of kind consistency"),
     ("trajectories", ["stages.few_step.kind=ode"], "and neither is set"),
     (
@@ -129,6 +139,12 @@ BROKEN = [
     ("offsets", ["foresight.offsets=[-1]"], "foresight.offsets [-1]"),
     ("offsets", ["video.frames_per_segment=12"], "from 0 to 0"),
     (
+        "half-attention",
+        ["parallel.attention=flash", "parallel.compute_dtype=float32"],
+        "parallel.attention flash computes in bfloat16, and parallel.compute_dtype is float32",
+    ),
+    ("half-attention", ["parallel.attention=cudnn", "parallel.compute_dtype=float32"], "use attention auto or sdpa"),
+    (
         "shuffled-targets",
         ["foresight.targets=shuffled", "stages.distil.batch={global_size: 8, micro_size: 1}"],
         "stages.distil.batch.micro_size above 1",
@@ -145,6 +161,7 @@ BROKEN = [
     ("arm-overrides", ["study.arms.x=[video.fps=8]"], "study.arms.x sets video.fps, which all arms share"),
     ("arm-overrides", ["study.arms.x=[stages.teacher.cycles=8]"], "which all arms share"),
     ("arm-overrides", [*ENCODED, "study.arms.x=[stages.few_step.foresight.weight=0]"], "which all arms share"),
+    ("arm-overrides", ["study.arms.x=[stages.distil.gate.clips=8]"], "which all arms share"),
     ("arm-overrides", ["study.arms.x=['study.seeds=[8]']"], "which all arms share"),
 ]
 

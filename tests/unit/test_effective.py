@@ -87,6 +87,13 @@ def test_stages_with_foresight_are_named() -> None:
     assert used(*few_step, "foresight.weight=0")["foresight"]["weights"] == {"few_step": 0.5}
 
 
+def test_attention_is_told_with_who_was_refused() -> None:
+    refused = {"flash-2, xformers": "needs a CUDA device"}
+    assert used()["attention"] == {"dense": "sdpa", "segments": "dense calls, segment by segment", "refused": refused}
+    with pytest.raises(RecipeError, match=r"^parallel.attention: sdpa-efficient cannot be used here"):
+        used("parallel.attention=sdpa-efficient")
+
+
 def test_versions_are_those_that_run() -> None:
     assert used()["torch"] == torch.__version__ and used()["device"] == "cpu"
     assert used()["segments"] == 3

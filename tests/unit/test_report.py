@@ -16,6 +16,8 @@ from mirai_dist.evaluate.charts import LineChart, Palette, Series
 from mirai_dist.evaluate.report import (
     AlarmChange,
     Cell,
+    GateResult,
+    GateRow,
     Precondition,
     ProbeResult,
     Provenance,
@@ -23,6 +25,7 @@ from mirai_dist.evaluate.report import (
     Report,
     RunAlarms,
     StageCurves,
+    StageStep,
     Timing,
     VideoRow,
     VideoTable,
@@ -31,6 +34,7 @@ from mirai_dist.evaluate.report import (
     summary,
     write,
 )
+from mirai_dist.evaluate.statistics import paired
 from mirai_dist.evaluate.video_files import write_mp4
 
 ORDER = ["ground truth", "teacher", "few-step start", "baseline", "foresight", "causal encoder", "shuffled targets",
@@ -48,6 +52,16 @@ def quality(rng: np.random.Generator) -> list[QualityRow]:
         values = base | {"foresight": (np.array(base["baseline"]) + gain + noise).tolist()}
         rows.append(QualityRow.measured(metric, values, pair, "fraction", higher, "of 64 videos"))
     return rows
+
+
+def steps() -> list[StageStep]:
+    """A teacher, a start that is worse, and an arm that is better than the start."""
+    worse, better = paired([-0.1, -0.12, -0.09]), paired([0.05, 0.06, 0.05])
+    return [
+        StageStep("teacher", "bidirectional", "", 0, 600, 54.0, 0.35, None),
+        StageStep("few <step>", "ode", "teacher", 1, 100, 20.0, 0.25, worse),
+        StageStep("foresight", "dmd", "few <step>", 3, 12, 14.0, 0.30, better),
+    ]
 
 
 def probe(rng: np.random.Generator, history: bool = True) -> ProbeResult:
@@ -129,8 +143,18 @@ def example(directory: Path, history: bool = True) -> Report:
         "tiny/video_mirai", "2026-11-20 14:02", "foresight", "baseline", ORDER, [1, 2, 3], provenance,
         quality=quality(rng), probe=probe(rng, history), videos=videos(directory), curves=curves(rng), timing=timing,
         alarms=ALARMS, recipe_yaml="name: tiny\nnote: <script>alert(1)</script>\n", effective_yaml="mesh: [2]\n",
-        notes=["Videos of a procedural world; see the README."],
+        notes=["Videos of a procedural world; see the README."], gates=gates(), steps=steps(),
     )  # fmt: skip
+
+
+def gates() -> list[GateResult]:
+    """One that passed beside clean clips, and one that failed its absolute bounds."""
+    relative = GateRow("boundary_jump", 1.37, 0.0, 2.21, 1.105, 1, 16)
+    absolute = GateRow("motion", 0.0113, 0.02, 1.1, math.nan, 12, 16)
+    return [
+        GateResult("distil", "few_step (ema, digest 6414e06b15cbb4d6)", True, 0.25, [relative]),
+        GateResult("late", "<start> (raw, digest 0a0a)", False, 0.125, [absolute]),
+    ]
 
 
 class Page(HTMLParser):
@@ -204,6 +228,18 @@ def test_every_number_of_the_tables_is_on_the_page(rendered: tuple[Report, Path,
         assert charts.signed(claim.difference.low, reach) in text
     for needed in ("0123abc", "sha256:9f1c", "torch 2.13.0", "teacher 61.2", "mesh: [2]", "unaccounted", "no data"):
         assert needed in text
+
+
+def test_gates_are_shown_with_measures_bounds_and_verdict(rendered: tuple[Report, Path, Page]) -> None:
+    text = " ".join(rendered[2].words)
+    shown = text[text.index("Gates between stages") : text.index("Training curves")]
+    first, second = shown.split("late")
+    for needed in ("distil", "few_step (ema, digest 6414e06b15cbb4d6)", "passed", "boundary jump", "1.37", "1.10",
+                   "0 to 2.21", "1 of 16", "at most 25%"):  # fmt: skip
+        assert needed in first, needed
+    for needed in ("<start>", "failed", "0.0113", "–", "0.0200 to 1.10", "12 of 16", "at most 12%"):
+        assert needed in second, needed
+    assert "passed" not in second and "failed" not in first
 
 
 def test_json_round_trip_with_numbers_that_json_lacks(rendered: tuple[Report, Path, Page]) -> None:
@@ -345,3 +381,12 @@ def test_a_name_keeps_its_colour_on_the_whole_page() -> None:
     palette = Palette(["a", "b"])
     assert palette.colour("b") == "var(--series-1)" == palette.colour("b")
     assert palette.colour("new") == "var(--series-2)" and palette.legend(["a"]) == ""
+
+
+def test_what_each_stage_buys_is_said_with_its_interval(tmp_path: Path) -> None:
+    page = write(tmp_path, example(tmp_path)).read_text()
+    section = page[page.index('<section id="steps">') : page.index('<section id="quality">')]
+    assert "few &lt;step&gt; − teacher" in section and "foresight − few &lt;step&gt;" in section
+    rows = re.findall(r"<tr>(.*?)</tr>", section, re.S)[1:]
+    assert ["not compared" in rows[0], "worse" in rows[1], "better" in rows[2]] == [True] * 3
+    assert "whole clip" in rows[0] and "1 frame<" in rows[1] and "3 frames<" in rows[2]

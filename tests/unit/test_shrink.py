@@ -43,7 +43,7 @@ MAY_DIFFER = (
 )  # fmt: skip
 MAY_DIFFER_BELOW = (
     ".cycles", ".batch.global_size", ".batch.micro_size", ".ema.start_update", ".warmup", ".path", ".trajectories",
-    ".overrides",
+    ".overrides", ".gate.clips", ".gate.failing",
 )  # fmt: skip
 
 
@@ -98,6 +98,12 @@ def test_a_twin_is_small() -> None:
         assert tiny.video.latent_height * tiny.video.latent_width <= 24 and tiny.teacher.dim <= 60
         assert all(stage.cycles == 2 for stage in tiny.stages.values())
         assert tiny.checkpoint.every_cycles == 1
+
+
+def test_a_twin_runs_where_the_recipe_s_attention_may_not() -> None:
+    recipe, tiny = small(CHUNKWISE, "parallel.attention=cudnn", "parallel.segment_attention=flex")
+    assert (recipe.parallel.attention, recipe.parallel.segment_attention) == ("cudnn", "flex")
+    assert (tiny.parallel.attention, tiny.parallel.segment_attention) == ("auto", "auto")
 
 
 def test_what_begins_late_begins_between_the_two_cycles() -> None:
