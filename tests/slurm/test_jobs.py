@@ -120,8 +120,8 @@ def test_a_chain_stops_at_the_gate_that_fails(submit: Submit) -> None:
 
 
 def test_ports_that_somebody_holds_are_passed_over(submit: Submit) -> None:
-    known = dict(line.split("=", 1) for line in submit.slurm.run("scontrol", "show", "config").splitlines() if "=" in line)
-    following = {name.strip(): value.strip() for name, value in known.items()}["NEXT_JOB_ID"]
+    configuration = submit.slurm.run("scontrol", "show", "config")
+    following = next(line.split()[-1] for line in configuration.splitlines() if line.startswith("NEXT_JOB_ID"))
     taken = candidates({"SLURM_JOB_ID": following})[:3]
     holders = [submit.slurm.inside(node, sys.executable, "-c", HOLD, *map(str, taken)) for node in submit.slurm.names]
     try:
