@@ -51,7 +51,7 @@ def test_the_first_host_knows_best_whom_to_leave_out() -> None:
     assert "nothing from n3" in decided.why
     tired = ending.decide(replace(PLAIN, code=30, failures=(SUSPECT,), progressed=False, fruitless=3))
     assert (tired.exit_code, tired.exclude) == (20, ())
-    assert "3 attempts in a row left no new checkpoint" in tired.why
+    assert "attempts in a row without a new checkpoint: 3, of 2 allowed" in tired.why
 
 
 def environment(restart: int = 0, job: str = "7") -> dict[str, str]:
@@ -80,7 +80,7 @@ def test_attempts_without_a_new_checkpoint_are_counted(tmp_path: Path, capsys: p
     assert [begin(2), begin(3)] == [0, 0]
     commit(tmp_path, 4, whole=False)  # nobody can go on from it
     assert begin(4) == 20
-    assert "2 attempts in a row left no new checkpoint, and the cap is 1" in capsys.readouterr().out
+    assert "attempts in a row without a new checkpoint: 2, of 1 allowed" in capsys.readouterr().out
     assert begin(0, job="8") == 0  # somebody submitted it again, and so wants it
 
 
