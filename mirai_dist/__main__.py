@@ -38,6 +38,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
     from mirai_dist.config.steps import REPORT, chosen
+    from mirai_dist.cycle.attending import check_attention
     from mirai_dist.cycle.chain import run_chain
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
@@ -54,10 +55,13 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         examined = examine(options, ranks)
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} {early}")
-    files.check(resolved.recipe, resolved.origins)
-    check_layout(resolved.recipe, ranks.world_size)
+    for variant in resolved.variants():
+        files.check(variant.recipe, variant.origins)
+        check_layout(variant.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
-    used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
+    for variant in (*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)):
+        check_attention(variant.recipe, ranks.device)
+    used = dump(effective(resolved, ranks.world_size, ranks.device.type))
     texts = {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used}
     claim(options, resolved.recipe, ranks, texts | ({preflight.RECORD: preflight.text(examined)} if examined else {}))
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")

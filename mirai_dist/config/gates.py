@@ -1,8 +1,8 @@
 """What the gate before a stage asks of the stage's start: the bounds of three measures (evaluate/gate.py).
 
 Where there are clean clips, of a data set or of the procedural world, bounds are multiples of what those measure:
-each data set moves as it does. A dmd stage on a prompt file has no clips; its bounds are absolute, for normalised
-latents.
+each data set moves as it does. Where a dmd stage has a prompt file and the recipe no clips, they are absolute, for
+normalised latents.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ ABSOLUTE = Bounds(Interval(0.0, 3.0), Interval(0.02, 1.1), Interval(0.4, 1.6))  
 
 
 def has_reference(recipe: Recipe, stage: str) -> bool:
-    """Whether the start of a stage is compared with clean clips: those it trains on, or those its captions are of."""
-    return not (recipe.stages[stage].kind == "dmd" and recipe.data.prompts)
+    """Whether the start of a stage is compared with clean clips: those it trains on, else those of the recipe."""
+    return bool(recipe.data.latents) or not (recipe.stages[stage].kind == "dmd" and recipe.data.prompts)
 
 
 def bounds_of(recipe: Recipe, stage: str) -> Bounds:

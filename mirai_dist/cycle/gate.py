@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from mirai_dist.config import FileError, RecipeError, schema
 from mirai_dist.config.gates import Interval, bounds_of, has_reference
 from mirai_dist.cycle.cycle import Stopped
+from mirai_dist.cycle.encoders import clips_of
 from mirai_dist.cycle.pipeline import Job, Place, open_pairs, run_on
 from mirai_dist.cycle.stages import Run
-from mirai_dist.cycle.starts import Source, Started, fill, identity, starts_of
+from mirai_dist.cycle.starts import Source, Started, fill, identity, source_of
 from mirai_dist.cycle.studio import Studio, gathered
 from mirai_dist.evaluate import gate as measures_of
 from mirai_dist.evaluate import report as page
 from mirai_dist.evaluate import video_files
 from mirai_dist.evaluate.gate import GateMeasures, Judged
+from mirai_dist.state.cursor import Cursor
 
 RECORD, SAMPLES = "gate.json", "gate"
 
@@ -58,7 +60,7 @@ class Gate:
 
     @property
     def parent(self) -> Source:
-        found = starts_of(self.job.recipe, self.job.stage, self.place.run_dir).parent
+        found = source_of(self.job.recipe, self.job.stage, self.settings.parent, self.place.run_dir)
         assert found is not None  # a rule refuses a gate without a parent
         return found
 
@@ -178,11 +180,14 @@ def _measured(gate: Gate, parent: Source) -> tuple[Started, list[Judged]]:
 
 
 def _reference(run: Run, studio: Studio, clips: list[int]) -> GateMeasures:
-    """Measures of clean clips: those of the same captions, or of an ode stage's trajectories their truths."""
-    numbers = [studio.numbers[clip] for clip in clips]
-    source = run.clips or run.pairs
-    assert source is not None
-    return _of_all_ranks(clips, source.latents(numbers), run.recipe.video.frames_per_segment)
+    """Measures of clean clips of the same captions (an ode stage's trajectories hold theirs), or where captions come
+    from a prompt file, of as many of the recipe's clips."""
+    source, numbers = run.clips or run.pairs, studio.numbers
+    if source is None:
+        source = clips_of(run.recipe, run.draws.device)
+        cursor = Cursor(run.recipe.seed, "gate", source.size)
+        numbers = [cursor.index(n) for n in cursor.take(studio.count)]
+    return _of_all_ranks(clips, source.latents([numbers[clip] for clip in clips]), run.recipe.video.frames_per_segment)
 
 
 def _of_all_ranks(clips: list[int], latents: Tensor, frames_per_segment: int) -> GateMeasures:

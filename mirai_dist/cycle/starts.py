@@ -43,22 +43,24 @@ class Starts:
 def starts_of(recipe: schema.Recipe, stage: str, run_dir: Path) -> Starts:
     """What the recipe says a stage starts from. Raises CheckpointError when an earlier stage has no checkpoint."""
     settings = recipe.stages[stage]
+    teacher = source_of(recipe, stage, settings.teacher, run_dir)
+    critic = source_of(recipe, stage, settings.critic, run_dir) or teacher
+    return Starts(source_of(recipe, stage, settings.parent, run_dir), teacher, critic)
 
-    def source(name: str) -> Source | None:
-        if not name:
-            return None
-        if name in recipe.weights:
-            weights = recipe.weights[name]
-            return Source(name, Path(weights.path), cast(Which, weights.which), weights.kind, published=True)
-        root = run_dir / "stages" / name / "checkpoints"
-        path = newest(root)
-        if path is None:
-            raise CheckpointError(f"stage {stage} starts from {name}, but {root} holds no checkpoint")
-        earlier = recipe.stages[name]
-        return Source(name, path, "ema" if earlier.ema.decay > 0 else "raw", PRODUCES[earlier.kind], published=False)
 
-    teacher = source(settings.teacher)
-    return Starts(source(settings.parent), teacher, source(settings.critic) or teacher)
+def source_of(recipe: schema.Recipe, stage: str, name: str, run_dir: Path) -> Source | None:
+    """Where the weights are that `stage` calls `name`; None where it calls none. CheckpointError as above."""
+    if not name:
+        return None
+    if name in recipe.weights:
+        weights = recipe.weights[name]
+        return Source(name, Path(weights.path), cast(Which, weights.which), weights.kind, published=True)
+    root = run_dir / "stages" / name / "checkpoints"
+    path = newest(root)
+    if path is None:
+        raise CheckpointError(f"stage {stage} starts from {name}, but {root} holds no checkpoint")
+    earlier = recipe.stages[name]
+    return Source(name, path, "ema" if earlier.ema.decay > 0 else "raw", PRODUCES[earlier.kind], published=False)
 
 
 @dataclass(frozen=True)
