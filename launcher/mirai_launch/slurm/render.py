@@ -155,7 +155,8 @@ def _looks(batch: Batch, cluster: Cluster) -> list[str]:
 
 def _preflight(cluster: Cluster) -> str:
     mode = f" --preflight {cluster.preflight}" if cluster.preflight != "auto" else ""
-    return mode + (f" --expect-transport {','.join(cluster.expect_transport)}" if cluster.expect_transport else "")
+    expected = ",".join(cluster.expect_transport)
+    return mode + (f' --expect-transport "{expected}"' if expected else "")
 
 
 def _gpus(cluster: Cluster) -> list[str]:
