@@ -17,8 +17,8 @@ from mirai_dist.node.finding import Finding
 # package -> what its absence means; the names that pip knows them by.
 OPTIONAL = {
     "triton": "the Triton kernels cannot be used",
-    "flash-attn": "attention is PyTorch's own",
-    "xformers": "attention is PyTorch's own",
+    "flash-attn": "its attention cannot be used",
+    "xformers": "its attention cannot be used",
     "deepspeed": "sharding is FSDP2, which is the default",
     "diffusers": "no Wan VAE: latents must be prepared elsewhere",
     "transformers": "no UMT5: embeddings must be prepared elsewhere",
