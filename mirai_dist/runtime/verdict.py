@@ -31,9 +31,10 @@ CLOCK_SKEW = 1.0  # seconds by which clocks may differ
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank says. node: what its host is, from one rank of each host. values: measure -> speed, 0 is none.
+    """What one rank says. same, usual: what its host is (node/examine.py), from one rank of each host.
 
-    clock: seconds ahead of rank 0's clock, and the uncertainty. transport: Seen as a dict.
+    values: measure -> speed, 0 is none. clock: seconds ahead of the first rank's clock, and the uncertainty. across,
+    inside, unknown: the transports it has seen (node/transport.py).
     """
 
     rank: int
