@@ -1,4 +1,4 @@
-"""What is written down while a stage runs: progress, metrics, phase times."""
+"""What is written down while a stage runs: progress, metrics, phase times, and which rank is slow."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mirai_dist.cycle.desk import Asked, Desk
 from mirai_dist.cycle.stages import Stage
 from mirai_dist.observe.console import Bar, Console
 from mirai_dist.observe.ledger import Ledger
 from mirai_dist.observe.sinks import Sinks
+from mirai_dist.observe.slow import SlowRanks
+from mirai_dist.operate.events import Events
 
 SHOWN = ("loss/flow", "loss/consistency", "loss/ode", "loss/dmd", "loss/critic", "cosine/foresight")
 
 
 class Watch:
-    """Console and sinks of one stage."""
+    """Console and sinks of one stage; desk: what is asked of the run travels with the metrics."""
 
-    def __init__(self, console: Console, sinks: Sinks) -> None:
-        self.console, self.sinks = console, sinks
+    def __init__(self, console: Console, sinks: Sinks, desk: Desk, slow: SlowRanks, events: Events) -> None:
+        self.console, self.sinks, self.desk, self._slow, self._events = console, sinks, desk, slow, events
         self._bar: Bar | None = None
         self._shown: dict[str, float] = {}
 
@@ -28,12 +31,18 @@ class Watch:
         self.sinks.truncate_to(stage.cycle, stage.position)
         with self.console.stage(title, stage.stage.cycles, stage.cycle) as bar:
             self._bar = bar
-            stage.ledger = Ledger(on_phase=bar.phase)
+            stage.ledger = Ledger(on_phase=bar.phase, waits=stage.run.waits)
             yield
 
-    def record(self, stage: Stage) -> None:
-        """Average the position's metrics over ranks and write them; at the end of a cycle also its phase times."""
-        values = stage.metrics.reduce()
+    def record(self, stage: Stage) -> Asked:
+        """Average the position's metrics over ranks and write them; at the end of a cycle also its phase times.
+
+        The one collective of a position outside its update. Returns what all ranks were asked.
+        """
+        last = stage.position == len(stage.positions) - 1
+        stage.metrics.send(self.desk.votes(stage), stage.ledger.own_seconds() if last else None)
+        with stage.run.waits.collective():
+            values = stage.metrics.reduce()
         record = {
             "stage": stage.name,
             "cycle": stage.cycle,
@@ -43,9 +52,17 @@ class Watch:
             **values,
         }
         self._shown |= {name: values[name] for name in SHOWN if name in values}
-        if stage.position == len(stage.positions) - 1:
+        if last:
+            self._name_slow_ranks(stage)
             seconds = stage.ledger.close_cycle()
             record |= {"seconds": sum(seconds.values()), **{f"seconds/{name}": s for name, s in seconds.items()}}
             assert self._bar is not None
             self._bar.update(stage.cycle + 1, values=self._shown)
         self.sinks.record(record)
+        return self.desk.decide(stage.metrics.arrived.votes)
+
+    def _name_slow_ranks(self, stage: Stage) -> None:
+        for change in self._slow.cycle_ended(stage.metrics.arrived.rows):
+            self.console.warn(f"{stage.name} cycle {stage.cycle}: {change.text}")
+            what = {"name": f"slow rank {change.rank} in {change.phase}", "up": change.slow, "text": change.text}
+            self._events.write("alarm", stage=stage.name, cycle=stage.cycle, **what)

@@ -14,9 +14,12 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from mirai_dist.operate import events
 
 FAILED = 1
 REQUEUE = 10
@@ -53,6 +56,37 @@ def guarded(main: Callable[[], int | None], run_dir: Path, rank: int | None = No
         raise
     except BaseException as error:  # noqa: BLE001  nothing may keep this process alive
         leave(error, run_dir, environment_rank() if rank is None else rank)
+
+
+@contextmanager
+def ending(run_dir: Path, rank: int) -> Iterator[None]:
+    """Write down, once for all ranks, how a run ends whose directory is known to be its own: done, stopped, failed."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            _write_end(error, run_dir, rank)
+        except OSError as full:
+            error.add_note(f"no event of it ({full})")
+        raise
+    if rank == 0:
+        events.append_end(run_dir, "done")
+
+
+def _write_end(error: BaseException, run_dir: Path, rank: int) -> None:
+    if _class_code(error) == REQUEUE:
+        if rank == 0:
+            events.append_end(run_dir, "stopped", by=str(error))
+        return
+    events.append_end(
+        run_dir,
+        "failed",
+        host=socket.gethostname(),
+        rank=rank,
+        error=" ".join(f"{type(error).__name__}: {error}".split()),
+        exit_code=exit_code(error),
+        record=f"logs/{_record_path(run_dir, rank).name}",
+    )
 
 
 def leave(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
