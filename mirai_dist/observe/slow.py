@@ -56,7 +56,7 @@ class SlowRanks:
         # a cycle lasts as long as its slowest rank's own work, at least
         cycle = max((sum(each) for each in zip(*own.values(), strict=True)), default=0.0)
         found = {}
-        for phase in own.keys() - {UNACCOUNTED}:
+        for phase in (each for each in own if each != UNACCOUNTED):
             size = self._together or len(own[phase])
             for first in range(0, len(own[phase]), size):
                 peers = own[phase][first : first + size]

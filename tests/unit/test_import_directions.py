@@ -35,7 +35,15 @@ class Rule:
 # The longest matching name decides. A module that no line matches is an offence: decide where it belongs.
 RULES = {
     "mirai_launch": Rule(
-        ("mirai_dist.config", "mirai_dist.plan", "mirai_dist.operate", "mirai_dist.commands.arguments"), LIGHT
+        (
+            "mirai_dist.config",
+            "mirai_dist.plan",
+            "mirai_dist.operate",
+            "mirai_dist.commands.arguments",
+            "mirai_dist.runtime.nodelist",
+            "mirai_dist.state.commit",
+        ),
+        LIGHT,
     ),
     "mirai_kernels": Rule((), ("torch", "triton")),
     "mirai_dist.config": Rule((), LIGHT),
