@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mirai_dist.operate import control
 from mirai_dist.runtime.guard import ending, environment_rank, guarded
 from mirai_dist.runtime.lookout import Lookout
+from mirai_dist.runtime.outlet import Outlet
 from mirai_dist.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     check_reportable(resolved.recipe)
     used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
     claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
-    Lookout(options.run_dir, ranks.rank, ranks.host).start()
+    outlet = Outlet(options.run_dir, ranks.rank).redirect()
+    Lookout(options.run_dir, ranks.rank, ranks.host, outlet.bound).start()
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
     try:
         console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 _HEAD = re.compile(r"=== (\S+) (\S+ \S+) (\S+)")
 _FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
-_LIBRARY = ("/site-packages/", "/lib/python")
+_LIBRARY = ("/site-packages/", "/lib/python", "/parallel/timed.py")
+_SHOWN = 3
 
 
 class Stack(NamedTuple):
@@ -41,13 +42,11 @@ def _main_thread(section: str) -> tuple[tuple[str, str], ...]:
 
 
 def where(stack: Stack) -> str:
-    """The innermost frame, and the innermost one of ours that called it: `wait (backend.py:9) in reduce (metrics.py:91)`."""
+    """The innermost frame, and the frames of ours that led to it: `wait (c10d.py:9) in reduce (metrics.py:91)`."""
     if not stack.frames:
         return "nowhere in Python"
-    inner = stack.frames[0]
-    ours = next((frame for frame in stack.frames if not any(part in frame[0] for part in _LIBRARY)), inner)
-    both = [inner] if ours == inner else [inner, ours]
-    return " in ".join(f"{name} ({Path(file).name})" for file, name in both)
+    ours = [frame for frame in stack.frames[1:] if not any(part in frame[0] for part in _LIBRARY)]
+    return " in ".join(f"{name} ({Path(file).name})" for file, name in [stack.frames[0], *ours[:_SHOWN]])
 
 
 def grouped(stacks: Iterable[Stack]) -> list[tuple[str, list[str]]]:

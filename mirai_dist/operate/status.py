@@ -49,7 +49,7 @@ class Status:
     stage: title of the stage (or arm and seed of one) it is in, `cycle` of `cycles` done there. checkpoint: newest
     complete one of the run. eta: to the end of that stage. last_position: when the last position ended. rank_hours:
     ranks times hours over all starts, GPU-hours where `device` is cuda. hold: who stopped it for good. requests: not
-    answered yet.
+    answered yet. started: when the last start began. job_id: of SLURM; host, pid: of rank 0.
     """
 
     run_dir: str
@@ -73,7 +73,10 @@ class Status:
     alarms: tuple[str, ...] = ()
     hold: str = ""
     requests: tuple[str, ...] = ()
+    started: float | None = None
     job_id: str = ""
+    host: str = ""
+    pid: int = 0
 
     @property
     def ended(self) -> bool:
@@ -82,7 +85,7 @@ class Status:
 
 
 def of(run_dir: Path, now: float | None = None) -> Status:
-    """The state of a run. Raises RecipeError for a directory that is none, CheckpointError for torn checkpoints alone."""
+    """The state of a run. Raises RecipeError for a directory that holds none."""
     now = time.time() if now is None else now
     every = members(run_dir)
     history = events.read(run_dir)
@@ -117,7 +120,10 @@ def of(run_dir: Path, now: float | None = None) -> Status:
         alarms=_alarms(starts[-1] if starts else []) if state in ("running", "stale") else (),
         hold=control.held(run_dir),
         requests=tuple(f"{each.verb or 'unreadable'} by {each.by}" for each in control.pending(run_dir)),
+        started=running.get("time"),
         job_id=running.get("job", ""),
+        host=running.get("host", ""),
+        pid=running.get("pid", 0),
     )
 
 
@@ -249,12 +255,11 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min" if whole < 2 * 86400 else f"{whole // 86400} days"
 
 
-def lines(status: Status, queue: str = "", now: float | None = None) -> list[str]:
-    """The status on one screen, and what to do next. queue: what the scheduler says of it."""
+def lines(status: Status, queue: Sequence[str] = (), now: float | None = None) -> list[str]:
+    """The status on one screen, and what to do next. queue: what the scheduler says of its jobs."""
     now = time.time() if now is None else now
     rows = [("state", f"{status.state}{f': {status.why}' if status.why else ''}")]
-    if queue:
-        rows.append(("job", queue))
+    rows += [("job", job) for job in queue]
     if status.hold:
         rows.append(("hold", f"{status.hold}; it is not requeued"))
     if status.stage:
@@ -299,6 +304,7 @@ def following(status: Status) -> list[str]:
     again = f"mirai requeue {run}" if status.job_id else _train(status)
     return {
         "not started": [again],
+        "queued": [f"mirai cancel {run}"],
         "running": [f"mirai logs {run} --follow", f"mirai stop {run}"],
         "stale": [f"mirai stacks {run}", f"mirai logs {run}", f"mirai cancel {run}", again],
         "stopped": [again],

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mirai_dist.operate import events
+from mirai_dist.runtime import outlet
 
 FAILED = 1
 REQUEUE = 10
@@ -120,7 +121,7 @@ def _tell(error: BaseException, where: str, run_dir: Path, rank: int) -> None:
 
 def _say(rank: int, text: str) -> None:
     # Not through the console: it may be what failed, or hold a lock that nobody will give back.
-    sys.stderr.write(f"{socket.gethostname()}:{rank} {' '.join(text.split())}\n")
+    outlet.tell_console(f"{socket.gethostname()}:{rank} {' '.join(text.split())}")
 
 
 def _rank_zero_tells(error: BaseException, run_dir: Path) -> bool:

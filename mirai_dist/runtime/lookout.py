@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mirai_dist.operate import control, events
@@ -21,10 +22,12 @@ LARGEST = 16 << 20  # bytes of a rank's stack dumps
 
 
 class Lookout:
-    """Looks at RUN/control. host: of this rank. Stacks go to RUN/logs/rank-N.stacks."""
+    """Looks at RUN/control. host: of this rank. chore: done at every look. Stacks: RUN/logs/rank-N.stacks."""
 
-    def __init__(self, run_dir: Path, rank: int, host: str, seconds: float = SECONDS) -> None:
-        self._run_dir, self._rank, self._seconds = run_dir, rank, seconds
+    def __init__(
+        self, run_dir: Path, rank: int, host: str, chore: Callable[[], None] = lambda: None, seconds: float = SECONDS
+    ) -> None:
+        self._run_dir, self._rank, self._chore, self._seconds = run_dir, rank, chore, seconds
         self._title = f"{host}:{rank}"
         self._stacks = run_dir / "logs" / f"rank-{rank}.stacks"
         self._seen = 0
@@ -55,6 +58,7 @@ class Lookout:
 
     def look(self) -> None:
         """Give a sign of life, and dump stacks where asked. Raises OSError."""
+        self._chore()
         if self._rank == 0:
             (self._run_dir / control.FOLDER / control.ALIVE).touch()
         for name in [*self._dumped]:
