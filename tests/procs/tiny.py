@@ -123,7 +123,7 @@ def stage_of(recipe: schema.Recipe, name: str, engine: type[FsdpEngine] = FsdpEn
     """A stage on this rank without parents, its networks sharded over the present process group."""
     run = run_of(recipe, seed, name, run_dir)
     wide = recipe.parallel.compute_dtype == "float64"
-    run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device),
+    run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device, run.engine.waiting),
                               draws=(WideDraws if wide else Draws)(seed, CPU))
     return STAGES[recipe.stages[name].kind](name, run, Starts())
 
