@@ -49,10 +49,11 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     ranks = bootstrap.start()
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
-    files.check(resolved.recipe, resolved.origins)
-    check_layout(resolved.recipe, ranks.world_size)
+    for variant in resolved.variants():
+        files.check(variant.recipe, variant.origins)
+        check_layout(variant.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
-    used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
+    used = dump(effective(resolved, ranks.world_size, ranks.device.type))
     claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
     outlet = Outlet(options.run_dir, ranks.rank).redirect()
     Lookout(options.run_dir, ranks.rank, ranks.host, outlet.bound).start()

@@ -120,11 +120,8 @@ def chosen(wish: Wish) -> Chosen:
         raise RecipeError("--recipe", f"{source} {what}")
     else:
         found = find_checkpoint(source, wish.stage, wish.arm, wish.training_seed)
-        resolved, path = load(found.run_dir / "recipe.yaml"), found.path
+        resolved, path = found.resolved, found.path
         kind = resolved.recipe.stages[found.stage].kind
-        if found.arm:
-            overrides = resolved.recipe.study.arms[found.arm]
-            resolved = resolved.with_overrides(overrides, f"study.arms.{found.arm}")
     if wish.kind is not None:
         raise RecipeError("--kind", f"{path} records what it is ({PRODUCES.get(kind, kind)}); leave --kind out")
     _refuse_bidirectional(path, PRODUCES.get(kind, kind))

@@ -1,4 +1,4 @@
-"""The training runs of a recipe: its stages, of the dmd stage every arm and seed of the study. Nothing here writes."""
+"""The training runs of a recipe: its stages, of the study's stage every arm and seed. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DONE = "DONE"
 
 @dataclass(frozen=True)
 class Job:
-    """One training run of the pipeline: a stage, for the dmd stage one arm and seed of it."""
+    """One training run of the pipeline: a stage as its own recipe has it, of the study's stage one arm and seed."""
 
     stage: str
     title: str
@@ -33,15 +33,15 @@ class Job:
 def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
     """Every training run of the recipe, in order; seeds outside arms, so that each seed's arms end together."""
     recipe = resolved.recipe
-    for name, stage in recipe.stages.items():
+    for name in recipe.stages:
         directory = run_dir / "stages" / name
-        if stage.kind != "dmd":
-            yield Job(name, name, directory, recipe, recipe.seed)
+        if name != recipe.study_stage:
+            yield Job(name, name, directory, resolved.of_stage(name).recipe, recipe.seed)
             continue
         for seed in recipe.study.seeds:
-            for arm, overrides in recipe.study.arms.items():
-                arm_recipe = resolved.with_overrides(overrides, f"study.arms.{arm}").recipe
-                yield Job(name, f"{name} {arm} seed {seed}", directory / arm / f"seed-{seed}", arm_recipe, seed, arm)
+            for arm in recipe.study.arms:
+                own = resolved.of_arm(arm).recipe
+                yield Job(name, f"{name} {arm} seed {seed}", directory / arm / f"seed-{seed}", own, seed, arm)
 
 
 def is_done(job: Job) -> bool:

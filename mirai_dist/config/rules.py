@@ -407,16 +407,39 @@ def _clips_needed(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("data.latents", "text.encoder", f"stages.{name}.kind"), f"{what}; set data.latents")
 
 
-@rule("dmd-last")
-def _dmd_last(recipe: Recipe) -> Iterator[Problem]:
-    kinds = [stage.kind for stage in recipe.stages.values()]
-    names = [name for name, _ in _of_kind(recipe, "dmd")]
-    if len(names) > 1:
-        what = f"stages {', '.join(names)} are all of kind dmd; keep one and make the others arms of study.arms"
-        yield Problem((f"stages.{names[1]}.kind",), what)
-    elif names and kinds[-1] != "dmd":
-        keys = [f"stages.{names[0]}.kind", f"stages.{[*recipe.stages][-1]}.kind"]
-        yield Problem(tuple(keys), f"stage {names[0]} of kind dmd must be the last one; move it down")
+@rule("study-stage")
+def _study_stage(recipe: Recipe) -> Iterator[Problem]:
+    dmd, chosen = [name for name, _ in _of_kind(recipe, "dmd")], recipe.study_stage
+    if recipe.study.stage and recipe.study.stage not in dmd:
+        known = f"one of: {', '.join(dmd)}" if dmd else "there is none"
+        what = f"study.stage is {recipe.study.stage!r}, which is no stage of kind dmd ({known})"
+        yield Problem(("study.stage",), what)
+    for name, stage in recipe.stages.items():
+        for role in _ROLES:
+            if chosen and getattr(stage, role) == chosen:
+                key = f"stages.{name}.{role}"
+                what = f"{key} is {chosen!r}, of which the study trains one network an arm and seed"
+                yield Problem((key, "study.stage"), f"{what}; give the study another stage (study.stage)")
+
+
+# What a stage may have of its own: how it is trained. Shapes, data of the report and the order of things are the run's.
+_OF_A_STAGE = ("flow.", "rollout.", "dmd.", "foresight.", "consistency.", "ode.", "parallel.", "data.")
+_OF_A_STAGE += ("video.frames_per_segment",)
+
+
+@rule("stage-overrides")
+def _stage_overrides(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        key = f"stages.{name}.overrides"
+        written = [text.partition("=")[0].strip() for text in stage.overrides]
+        twice = {each for each in written if written.count(each) > 1}
+        if twice:
+            yield Problem((key,), f"{key} sets {', '.join(sorted(twice))} twice; keep one")
+        for each in written:
+            if not f"{each}.".startswith(_OF_A_STAGE):
+                what = f"{key} sets {each}, which is one for all stages"
+                legal = ", ".join(legal.removesuffix(".") for legal in _OF_A_STAGE)
+                yield Problem((key,), f"{what}; a stage may have its own {legal}")
 
 
 # --- batches and schedules -----------------------------------------------------------------------------------
@@ -588,7 +611,7 @@ def _study_size(recipe: Recipe) -> Iterator[Problem]:
 
 @rule("arm-overrides")
 def _arm_overrides(recipe: Recipe) -> Iterator[Problem]:
-    dmd = [f"stages.{name}." for name, _ in _of_kind(recipe, "dmd")]
+    own = f"stages.{recipe.study_stage}."
     for name, arm in recipe.study.arms.items():
         key = f"study.arms.{name}"
         written = [text.partition("=")[0].strip() for text in arm]
@@ -596,7 +619,7 @@ def _arm_overrides(recipe: Recipe) -> Iterator[Problem]:
         if twice:
             yield Problem((key,), f"{key} sets {', '.join(sorted(twice))} twice; keep one")
         for each in written:
-            other_stage = each.startswith("stages.") and not each.startswith(tuple(dmd))
+            other_stage = each.startswith("stages.") and not each.startswith(own)
             if each.split(".")[0] in _SHARED or other_stage:
                 what = f"{key} sets {each}, which all arms share (they have one start, one data set, one report)"
                 yield Problem((key,), f"{what}; write it outside the study")

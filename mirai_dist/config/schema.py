@@ -252,6 +252,9 @@ class Stage:
     context_noise: float = key(
         0.0, help="highest unshifted timestep, of 1000, that teacher forcing noises the past to; 0 keeps it clean"
     )
+    overrides: list[str] = key(
+        list, help="overrides (section.key=value) for this stage alone, such as video.frames_per_segment=1"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +287,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Arms of the DMD stage: the same start, data and draws, each with its own overrides, for each seed."""
+    """Arms of one DMD stage: the same start, data and draws, each with its own overrides, for each seed."""
 
+    stage: str = key("", help="dmd stage that the arms and seeds are trained in; empty: the last one")
     seeds: list[int] = key(lambda: [1], help="training seeds; the unit of every comparison")
     arms: dict[str, list[str]] = key(
         lambda: {"foresight": []}, help="arm name -> overrides (section.key=value) of this recipe"
@@ -331,5 +335,11 @@ class Recipe:
     stages: dict[str, Stage] = key(help="the pipeline, in order")
     parallel: Parallel = key(Parallel, help="sharding and precision")
     checkpoint: Checkpoint = key(help="checkpoints")
-    study: Study = key(Study, help="arms and seeds of the dmd stage")
+    study: Study = key(Study, help="arms and seeds of a dmd stage")
     evaluate: Evaluate = key(Evaluate, help="report")
+
+    @property
+    def study_stage(self) -> str:
+        """Name of the stage that the study's arms and seeds are trained in; empty where no stage is of kind dmd."""
+        dmd = [name for name, stage in self.stages.items() if stage.kind == "dmd"]
+        return self.study.stage or (dmd[-1] if dmd else "")

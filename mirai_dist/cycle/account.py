@@ -73,15 +73,19 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 def provenance(resolved: Resolved, jobs: Sequence[Job], report_seconds: float) -> Provenance:
     """Command, commit, machine, versions, and seconds of every job."""
-    seconds = {job.title: json.loads((job.directory / "DONE").read_text())["seconds"] for job in jobs}
     return Provenance(
         command=shlex.join(["python", "-m", "mirai_dist", *sys.argv[1:]]),
         commit=commit_of_code(),
         machine=f"{platform.machine()}, {cpu_count()} cores, Python {platform.python_version()}",
         recipe_digest=digest(resolved.recipe),
         versions={name: metadata.version(name) for name in PACKAGES if _installed(name)},
-        stage_seconds=seconds | {"report": report_seconds},
+        stage_seconds=seconds(jobs) | {"report": report_seconds},
     )
+
+
+def seconds(jobs: Sequence[Job]) -> dict[str, float]:
+    """Seconds that every job took, by its title; of one that was interrupted, those after the interruption."""
+    return {job.title: json.loads((job.directory / "DONE").read_text())["seconds"] for job in jobs}
 
 
 def cpu_count() -> int:

@@ -7,14 +7,25 @@ from typing import Any
 
 import torch
 
-from mirai_dist.config import schema
+from mirai_dist.config import Resolved, schema
 from mirai_dist.config.rules import accumulation
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.plan.shards import ShardPlan, predictor_plan, ranks_per_shard, wan_plan
 
 
-def effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
+def effective(resolved: Resolved, ranks: int, device: str) -> dict[str, Any]:
+    """What the run uses; under "in stage NAME" what a stage with overrides of its own uses instead."""
+    common = _effective(resolved.recipe, ranks, device)
+    found = dict(common)
+    for name, stage in resolved.recipe.stages.items():
+        if stage.overrides:
+            own = _effective(resolved.of_stage(name).recipe, ranks, device)
+            found[f"in stage {name}"] = {key: value for key, value in own.items() if value != common[key]}
+    return found
+
+
+def _effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]:
     """Mesh, dtypes, units, warped timesteps, captured blocks and derived accumulation, from the data the run uses."""
     arithmetic = PRESETS[recipe.foresight.preset]
     depth = recipe.foresight.depth

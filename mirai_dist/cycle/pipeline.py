@@ -37,6 +37,7 @@ from mirai_dist.cycle.starts import starts_of
 from mirai_dist.cycle.trajectories import Making, make
 from mirai_dist.cycle.watch import Watch
 from mirai_dist.data.arrays import Part
+from mirai_dist.data.conditions import Selected
 from mirai_dist.data.latents import STORE, LatentStore
 from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.prompts import PromptFile
@@ -75,15 +76,18 @@ def make_run(job: Job, place: Place) -> Run:
     mesh = build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type)
     engine = FsdpEngine(mesh, ranks.device, waits.collective)
     pairs = open_pairs(job, place) if kind == "ode" else None
-    clips = clips_of(recipe, ranks.device) if kind != "ode" and needs_clips(recipe, kind) else None
-    captions: CaptionSource = pairs or (clips.captions_source if clips else PromptFile(Path(recipe.data.prompts)))
+    clips = clips_of(recipe, ranks.device) if needs_clips(job) else None
+    captions: CaptionSource = clips.captions_source if clips else pairs or PromptFile(Path(recipe.data.prompts))
+    conditions = sharded(conditions_of(recipe, captions, ranks.device), recipe, engine)
+    if pairs and clips:  # trajectories of some of the clips
+        conditions = Selected(conditions, Making(recipe, job.stage, place.run_dir).numbers(clips.size))
     return Run(
         recipe,
         ranks.world_size,
         ranks.rank,
         engine,
         Draws(job.seed, ranks.device),
-        sharded(conditions_of(recipe, captions, ranks.device), recipe, engine),
+        conditions,
         clips.world if isinstance(clips, WorldClips) else None,
         clips,
         pairs,
@@ -91,9 +95,11 @@ def make_run(job: Job, place: Place) -> Run:
     )
 
 
-def needs_clips(recipe: schema.Recipe, kind: str) -> bool:
-    """Whether a stage reads clips, or at least their captions: a dmd stage where it has no prompts of its own."""
-    return kind != "dmd" or not recipe.data.prompts
+def needs_clips(job: Job) -> bool:
+    """Whether a stage reads clips, or at least their captions: a dmd stage where it has no prompts of its own, an ode
+    stage whose trajectories are of clips."""
+    kind = job.recipe.stages[job.stage].kind
+    return not {"dmd": job.recipe.data.prompts, "ode": job.recipe.data.ode_pairs}.get(kind)
 
 
 def open_pairs(job: Job, place: Place) -> LatentStore | LmdbClips:

@@ -47,6 +47,11 @@ class Making:
     def settings(self) -> schema.Stage:
         return self.recipe.stages[self.stage]
 
+    def numbers(self, clips: int | None) -> list[int]:
+        """Which of `clips` clips (None: any number is one) the trajectories are of, in their order."""
+        cursor = Cursor(self.recipe.seed, f"{self.stage}/trajectories", clips)
+        return [cursor.index(n) for n in range(self.settings.trajectories)]
+
     @property
     def integration(self) -> Integration:
         """The Euler grid, which of its points are kept, and the guidance."""
@@ -65,8 +70,7 @@ def make(making: Making, part: Part, device: torch.device, console: Console) -> 
     recipe, video = making.recipe, making.recipe.video
     clips = clips_of(recipe, device)
     conditions = conditions_of(recipe, clips.captions_source, device)
-    cursor = Cursor(recipe.seed, f"{making.stage}/trajectories", clips.size)
-    numbers = [cursor.index(n) for n in range(making.settings.trajectories)]
+    numbers = making.numbers(clips.size)
     network, started = _teacher(making, device)
     states = len(recipe.rollout.steps) + 2
     plan = Plan(

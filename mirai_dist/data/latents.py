@@ -52,6 +52,7 @@ from mirai_dist.data.prompts import PromptFile
 PLAN = "plan.json"
 STORE = "store.json"
 PROMPTS = "prompts.txt"
+EMBEDDINGS = "embeddings"  # folder of the embeddings of prompts.txt, where they are precomputed
 CLEAN, ODE = "latents", "ode_pairs"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_AS = {"bfloat16": "BF16", "float16": "F16"}

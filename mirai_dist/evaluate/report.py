@@ -25,7 +25,7 @@ from mirai_dist.evaluate.charts import IntervalRow, LineChart, Palette, Series, 
 from mirai_dist.evaluate.statistics import Paired, difference_in_differences, paired
 from mirai_dist.evaluate.video_files import poster
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 T = TypeVar("T")
 
 
@@ -72,6 +72,21 @@ class QualityRow:
         differences = [a - b for a, b in zip(treatment, baseline, strict=True)]
         cells = {name: Cell.of(numbers) for name, numbers in values.items()}
         return cls(metric, cells, paired(differences, higher_is_better), unit, higher_is_better, note)
+
+
+@dataclass(frozen=True)
+class StageStep:
+    """What one stage, or one arm of the study, buys: its mean score, and `gain` over its parent's samples, paired by
+    prompt (None: it starts from nothing that was sampled). seconds: of training; of an arm, the mean over seeds."""
+
+    name: str
+    kind: str
+    parent: str
+    frames_per_segment: int  # 0: all frames at once
+    cycles: int
+    seconds: float
+    score: float
+    gain: Paired | None
 
 
 @dataclass(frozen=True)
@@ -191,8 +206,8 @@ class Provenance:
 class Report:
     """Everything the page shows.
 
-    order: every name that has a colour, in the order ground truth, teacher, few-step start, baseline,
-    foresight, then controls (colours are given out in that order). treatment, baseline: the compared arms.
+    order: every name that has a colour, in the order ground truth, stages, arms, then controls (colours are given out
+    in that order). treatment, baseline: the compared arms.
     """
 
     name: str
@@ -202,6 +217,7 @@ class Report:
     order: list[str]
     seeds: list[int]
     provenance: Provenance
+    steps: list[StageStep] = field(default_factory=list)
     quality: list[QualityRow] = field(default_factory=list)
     probe: ProbeResult | None = None
     videos: VideoTable | None = None
@@ -442,6 +458,7 @@ def render(report: Report, run_dir: Path) -> str:
     sections = [
         _summary_section(report),
         _video_section(report, run_dir),
+        _steps_section(report),
         _quality_section(report),
         _probe_section(report, palette),
         _curve_section(report, palette),
@@ -512,6 +529,37 @@ def _video(column: str, path: str | None, run_dir: Path) -> str:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _steps_section(report: Report) -> str:
+    if not report.steps:
+        return ""
+    columns = ("stage", "starts from", "segment", "cycles", "time", "score", "gain", "95 % interval", "better in", "")
+    rows = "".join(_step_row(step) for step in report.steps)
+    gains = [
+        _interval_row(f"{step.name} − {step.parent}", step.gain, verdict(step.gain))
+        for step in report.steps
+        if step.gain
+    ]
+    chart = charts.interval_chart("Gain over what the stage started from", "score (95 % interval over prompts)", gains)
+    lead = (
+        "The mean score of what each stage has trained, and its gain over what it started from: the same prompts, "
+        "paired, with Student's t interval. It covers the prompts alone; another training would come out differently. "
+        "An arm is the mean over its seeds. To make a network causal, or fast, may cost quality: this is what it costs."
+    )
+    head = "".join(f"<th>{text}</th>" for text in columns)
+    return _section("steps", "What each stage buys", lead, f'<div class="scroll">{chart}</div>{_table(head, rows)}')
+
+
+def _step_row(step: StageStep) -> str:
+    segment = f"{step.frames_per_segment} frames" if step.frames_per_segment > 1 else "1 frame"
+    facts = (step.parent or "–", segment if step.frames_per_segment else "whole clip", str(step.cycles))
+    cells = f'<th scope="row">{escape(step.name)}<small>{escape(step.kind)}</small></th>'
+    cells += "".join(f"<td>{escape(fact)}</td>" for fact in facts)
+    cells += f"<td>{_duration(step.seconds)}</td><td>{number(step.score)}</td>"
+    if step.gain is None:
+        return f'<tr>{cells}<td class="split quiet" colspan="4">not compared</td></tr>'
+    return f"<tr>{cells}{_difference_cells(step.gain, verdict(step.gain))}</tr>"
 
 
 def _quality_section(report: Report) -> str:
@@ -741,7 +789,7 @@ table.numbers thead th { color:var(--muted); font-weight:500; border-bottom:1px 
 table.numbers th:first-child { text-align:left; padding-left:0; }
 table.numbers tbody th { font-weight:500; white-space:normal; min-width:9rem; }
 table.numbers small { display:block; color:var(--muted); font-weight:400; line-height:1.35; }
-#quality .split { border-left:1px solid var(--line-strong); padding-left:.9rem; }
+#quality .split, #steps .split { border-left:1px solid var(--line-strong); padding-left:.9rem; }
 svg.strip { display:block; margin:0 0 .15rem auto; } figure.chart + .scroll { margin-top:.6rem; }
 .multiples { display:grid; grid-template-columns:repeat(auto-fill,minmax(300px,1fr)); gap:1.6rem 1.8rem; }
 .probe { display:grid; grid-template-columns:repeat(auto-fit,minmax(340px,1fr)); gap:1.5rem 2rem; align-items:center; }

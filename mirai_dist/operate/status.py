@@ -193,9 +193,10 @@ def _pace(records: Sequence[dict[str, Any]]) -> float | None:
 
 def _cycle(job: Job | None, records: Sequence[dict[str, Any]]) -> int:
     """Cycles done: a record with `seconds` closes its cycle."""
-    if not records:
-        return job.cycles if job and is_done(job) else 0
-    return int(records[-1]["cycle"]) + ("seconds" in records[-1])
+    closed = [int(record["cycle"]) + 1 for record in records if "seconds" in record]
+    if closed:
+        return closed[-1]
+    return job.cycles if job and is_done(job) and not records else 0
 
 
 def _newest_checkpoint(run_dir: Path, every: Sequence[Job], job: Job | None) -> str:

@@ -77,11 +77,18 @@ BROKEN = [
     ("clips-needed", ["data.prompts=x", "text.encoder=store", "text.path=x"], "stages.teacher of kind bidirectional"),
     ("foresight-start", ["foresight.start_cycle=10"], "not before the end of stage distil (6 cycles)"),
     (
-        "dmd-last",
-        ["stages.after={kind: bidirectional, cycles: 1, batch: {global_size: 1}, optimizer: {lr: 1}}"],
-        "last",
+        "study-stage",
+        [
+            "stages.after={kind: dmd, parent: distil, teacher: teacher, cycles: 1, batch: {global_size: 1}, "
+            "optimizer: {lr: 1}}",
+            "study.stage=distil",
+        ],
+        "stages.after.parent is 'distil', of which the study trains one network an arm and seed",
     ),
-    ("dmd-last", ["stages.twin=${stages.distil}"], "distil, twin are all of kind dmd"),
+    ("study-stage", ["study.stage=few_step"], "no stage of kind dmd (one of: distil)"),
+    ("stage-overrides", ["stages.few_step.overrides=[video.latent_frames=6]"], "is one for all stages"),
+    ("stage-overrides", ["stages.few_step.overrides=[stages.few_step.cycles=6]"], "is one for all stages"),
+    ("stage-overrides", ["stages.few_step.overrides=[dmd.guidance=1, dmd.guidance=2]"], "sets dmd.guidance twice"),
     ("batch-micro", ["stages.distil.batch.micro_size=3"], "use 6 or 9"),
     ("exit-groups", ["rollout.exit_groups=3"], "use one of 1, 2, 4, 8"),
     ("warmup", ["stages.few_step.optimizer.warmup=11"], "longer than the 10 updates"),

@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parents[1] / "procs" / "tiny.yaml"
 
 
 def used(*overrides: str, ranks: int = 2) -> dict:
-    return effective(load(RECIPE, overrides).recipe, ranks, "cpu")
+    return effective(load(RECIPE, overrides), ranks, "cpu")
 
 
 def test_it_survives_the_file() -> None:
@@ -32,6 +32,12 @@ def test_mesh_and_accumulation_follow_the_ranks() -> None:
     assert used(ranks=1)["accumulation"]["distil"] == 4
     with pytest.raises(RecipeError, match="global_size 4 cannot be split over 3 ranks"):
         used(ranks=3)
+
+
+def test_a_stage_of_its_own_says_what_is_different_in_it() -> None:
+    found = used("video.latent_frames=4", "stages.ar_teacher.overrides=[video.frames_per_segment=2]")
+    assert found["segments"] == 4 and found["in stage ar_teacher"] == {"segments": 2}
+    assert not [key for key in used() if key.startswith("in stage")]
 
 
 def test_timesteps_are_the_warped_ones() -> None:

@@ -30,17 +30,18 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
 
     Ranks that a launcher has started already check for themselves, and tell once what each of them would tell here.
     """
-    recipe, run_dir = None, arguments.run_dir
+    resolved, run_dir = None, arguments.run_dir
     if run_dir is None or local.started_ranks(os.environ) is None:
         resolved = load(arguments.recipe, arguments.overrides)
-        recipe = resolved.recipe
-        files.check(recipe, resolved.origins)
-        run_dir = run_dir or rundir.default(recipe)
+        for variant in resolved.variants():
+            files.check(variant.recipe, variant.origins)
+        run_dir = run_dir or rundir.default(resolved.recipe)
     request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
     launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
-    if recipe is not None:
-        check_layout(recipe, launch.ranks)
-        rundir.check(run_dir, recipe, arguments.resume)
+    if resolved is not None:
+        for variant in resolved.variants():
+            check_layout(variant.recipe, launch.ranks)
+        rundir.check(run_dir, resolved.recipe, arguments.resume)
     return launch
 
 
