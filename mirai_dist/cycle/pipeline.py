@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mirai_dist.config import Resolved, schema
+from mirai_dist.config import Resolved
 from mirai_dist.config.digest import digest
 from mirai_dist.config.jobs import DONE, Job, is_done, jobs
 from mirai_dist.cycle.cycle import Loop
