@@ -28,6 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, required=True, help="recipe file")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto: go on where a run stopped")
+    parser.add_argument("--only", action="append", default=[], metavar="STEP", help="do these steps of the run alone")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of recipe keys")
     return parser.parse_args(arguments)
 
@@ -38,14 +39,17 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.config.digest import digest, to_yaml
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
+    from mirai_dist.config.steps import REPORT, chosen
+    from mirai_dist.cycle.chain import run_chain
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
-    from mirai_dist.cycle.pipeline import Place, run_pipeline
+    from mirai_dist.cycle.pipeline import Place
     from mirai_dist.cycle.study import check_reportable, report
     from mirai_dist.observe.console import Console
     from mirai_dist.runtime import bootstrap
 
     resolved = load(options.recipe, options.overrides)
+    steps = chosen(resolved.recipe, options.only)
     ranks = bootstrap.start()
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
@@ -64,10 +68,11 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
             console.say(f"  {line}")
         place = Place(ranks, options.run_dir, console, stop, bootstrap.hosts(ranks))
         with ending(options.run_dir, ranks.rank):
-            begin(place, digest(resolved.recipe))
-            run_pipeline(resolved, place)
+            begin(place, digest(resolved.recipe), steps if options.only else [])
+            run_chain(resolved, place, steps)
             with stop.raising(Stopped("stopped before the report was written; run the same command to write it")):
-                report(resolved, place)
+                if REPORT in steps or not options.only:
+                    report(resolved, place)
             drop_requests(place)
     finally:
         console.close()
@@ -112,8 +117,8 @@ def refuse_revival(run_dir: Path) -> None:
         raise RecipeError(str(run_dir), f"was {held} and is not revived; mirai requeue {run_dir} lets it go on")
 
 
-def begin(place: Place, recipe: str) -> None:
-    """Say that the run has started, and drop what was asked of an earlier start of it."""
+def begin(place: Place, recipe: str, steps: list[str]) -> None:
+    """Say that the run has started, and drop what was asked of an earlier start of it. steps: where not all are."""
     from mirai_dist.cycle.account import commit_of_code
 
     if place.ranks.rank != 0:
@@ -127,6 +132,7 @@ def begin(place: Place, recipe: str) -> None:
         device=place.ranks.device.type,
         commit=commit_of_code(),
         recipe=recipe,
+        steps=steps,
         job=os.environ.get("SLURM_JOB_ID", ""),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         host=place.ranks.host,

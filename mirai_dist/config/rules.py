@@ -15,6 +15,7 @@ from mirai_dist.config import schema
 from mirai_dist.config.error import RecipeError
 from mirai_dist.config.kinds import PRODUCES, refusal
 from mirai_dist.config.schema import Batch, Network, Optimizer, Recipe, Stage
+from mirai_dist.config.steps import REPORT
 
 
 class Problem(NamedTuple):
@@ -142,6 +143,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     schema.Consistency: {"points": Range(low=2), "guidance": _NOT_NEGATIVE},
     schema.Ode: {"points": _COUNT, "guidance": _NOT_NEGATIVE, "shard_size": _COUNT},
+    schema.Gate: {"clips": _NOT_NEGATIVE, "failing": Range(high=1)},
     schema.Stage: {
         "cycles": _COUNT,
         "prompt_dropout": _DECAY,
@@ -309,6 +311,48 @@ def _source_kind(recipe: Recipe) -> Iterator[Problem]:
             if why:
                 keys = (f"stages.{name}.{role}", f"stages.{name}.kind", f"weights.{source}.kind")
                 yield Problem(keys, f"stages.{name}.{role} {source!r} {why}")
+
+
+@rule("gate-parent")
+def _gate_parent(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        keys = (f"stages.{name}.gate.clips", f"stages.{name}.parent")
+        if not stage.gate.clips:
+            continue
+        if not stage.parent:
+            what = f"{keys[0]}: stage {name} starts from random weights, which a gate cannot judge"
+            yield Problem(keys, f"{what}; name a parent, or set it to 0")
+        elif _kind_of(recipe, stage.parent) == "diffusion":
+            what = f"{keys[0]}: a gate rolls out a causal network, and {stage.parent!r} is bidirectional"
+            yield Problem(keys, f"{what}; set it to 0")
+
+
+@rule("gate-clips")
+def _gate_clips(recipe: Recipe) -> Iterator[Problem]:
+    frames, length = recipe.video.latent_frames, recipe.video.frames_per_segment
+    for name, stage in recipe.stages.items():
+        if stage.gate.clips and frames < max(3, 2 * length):
+            key = f"stages.{name}.gate.clips"
+            what = f"{key}: a gate measures motion and segment boundaries, and clips of {frames} latent frames are too"
+            what = f"{what} short: it takes two segments ({2 * length} frames) and 3 frames"
+            yield Problem((key, "video.latent_frames", "video.frames_per_segment"), f"{what}; set it to 0")
+
+
+@rule("gate-bounds")
+def _gate_bounds(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        for measure in ("boundary_jump", "motion", "saturation"):
+            pair = getattr(stage.gate, measure)
+            if pair and not (len(pair) == 2 and 0 <= pair[0] < pair[1] < float("inf")):
+                key = f"stages.{name}.gate.{measure}"
+                yield Problem((key,), f"{key} is {pair}; write [low, high] with 0 <= low < high, or [] for the default")
+
+
+@rule("stage-name")
+def _stage_name(recipe: Recipe) -> Iterator[Problem]:
+    if REPORT in recipe.stages:
+        what = f"stages.{REPORT} has the name of a run's last step; rename the stage"
+        yield Problem((f"stages.{REPORT}.kind",), what)
 
 
 @rule("trajectories")
@@ -620,7 +664,8 @@ def _arm_overrides(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((key,), f"{key} sets {', '.join(sorted(twice))} twice; keep one")
         for each in written:
             other_stage = each.startswith("stages.") and not each.startswith(own)
-            if each.split(".")[0] in _SHARED or other_stage:
+            gate = each.startswith("stages.") and each.split(".")[2:3] == ["gate"]
+            if each.split(".")[0] in _SHARED or other_stage or gate:
                 what = f"{key} sets {each}, which all arms share (they have one start, one data set, one report)"
                 yield Problem((key,), f"{what}; write it outside the study")
 

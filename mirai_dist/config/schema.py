@@ -228,6 +228,21 @@ class Ode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Whether a stage's start is fit to be trained further; judged before the stage begins (evaluate/gate.py).
+
+    Bounds are [low, high]: in multiples of the median of clean clips where there are some, else absolute
+    (config/gates.py, which also has the defaults).
+    """
+
+    clips: int = key(0, help="clips of fixed prompts that are rolled out and measured; 0: no gate")
+    boundary_jump: list[float] = key(list, help="bounds of the largest step across a segment boundary; empty: default")
+    motion: list[float] = key(list, help="bounds of the mean change from frame to frame; empty: default")
+    saturation: list[float] = key(list, help="bounds of the spread of a clip's latents; empty: default")
+    failing: float = key(0.25, help="share of the clips that may be outside the bounds of a measure")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of the pipeline; stages run in the order they are written."""
 
@@ -243,6 +258,7 @@ class Stage:
         "", help="stage or weights of the real score and foresight encoder, and of the critic's start (kind dmd)"
     )
     critic: str = key("", help="stage or weights that the critic starts from instead of the teacher's (kind dmd)")
+    gate: Gate = key(Gate, help="what the parent must be fit for before the stage begins")
     cycles: int = key(help="cycles to run: one update, or for dmd one generator and all critic updates")
     batch: Batch = key(help="batch of every update of the stage")
     optimizer: Optimizer = key(help="AdamW of the trained network (kind dmd: the generator)")

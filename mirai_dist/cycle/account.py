@@ -15,7 +15,7 @@ from typing import Any
 
 from mirai_dist.config import Resolved
 from mirai_dist.config.digest import digest
-from mirai_dist.cycle.pipeline import Job
+from mirai_dist.config.jobs import Job
 from mirai_dist.evaluate.charts import LineChart
 from mirai_dist.evaluate.report import Provenance, StageCurves, Timing, read_series
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from mirai_dist.config import Resolved, schema
+from mirai_dist.config.gates import bounds_of, has_reference
 from mirai_dist.config.rules import accumulation
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
@@ -17,7 +19,7 @@ from mirai_dist.plan.shards import ShardPlan, predictor_plan, ranks_per_shard, w
 def effective(resolved: Resolved, ranks: int, device: str) -> dict[str, Any]:
     """What the run uses; under "in stage NAME" what a stage with overrides of its own uses instead."""
     common = _effective(resolved.recipe, ranks, device)
-    found = dict(common)
+    found = common | {"gates": _gates(resolved)}
     for name, stage in resolved.recipe.stages.items():
         if stage.overrides:
             own = _effective(resolved.of_stage(name).recipe, ranks, device)
@@ -68,6 +70,20 @@ def _starts(recipe: schema.Recipe) -> dict[str, str]:
                 weights = recipe.weights.get(source)
                 place = f"{weights.path} ({weights.which})" if weights else f"stage {source}"
                 found[f"{name} {role}"] = place
+    return found
+
+
+def _gates(resolved: Resolved) -> dict[str, str]:
+    """What the start of each stage that has a gate is held against."""
+    found = {}
+    for name, stage in resolved.recipe.stages.items():
+        if stage.gate.clips:
+            recipe = resolved.of_stage(name).recipe
+            bounds = bounds_of(recipe, name)
+            intervals = [f"{each.name} {bounds.of(each.name)}" for each in fields(bounds) if each.name != "failing"]
+            times = " times that of clean clips" if has_reference(recipe, name) else ""
+            held = f"{', '.join(intervals)}{times}; {bounds.failing:.0%} may be outside"
+            found[name] = f"{stage.gate.clips} clips of {stage.parent}: {held}"
     return found
 
 

@@ -1,8 +1,8 @@
-"""The whole recipe: its stages in order, the study's arms and seeds, each skipped when already done.
+"""The training runs of a recipe: its stages in order, the study's arms and seeds, each skipped when already done.
 
-    for each stage:  build its networks, start them from the parent, resume, run the loop, mark it done
+    for each:  build its networks, start them from the parent, resume, run the loop, mark it done
 
-study.py measures what comes out of it.
+chain.py runs them, each stage behind its gate; study.py measures what comes out of it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from mirai_dist.config import Resolved
 from mirai_dist.config.digest import digest
-from mirai_dist.config.jobs import DONE, Job, is_done, jobs
+from mirai_dist.config.jobs import DONE, Job, is_done
 from mirai_dist.cycle.cycle import Loop
 from mirai_dist.cycle.desk import Desk
 from mirai_dist.cycle.encoders import (
@@ -71,11 +70,14 @@ class Place:
 
 def make_run(job: Job, place: Place) -> Run:
     """Engine, keyed randomness, and what samples are conditioned on, for one job."""
-    recipe, ranks, kind = job.recipe, place.ranks, job.recipe.stages[job.stage].kind
-    waits = Waits(ranks.device)
+    return run_on(job, place, open_pairs(job, place) if job.recipe.stages[job.stage].kind == "ode" else None)
+
+
+def run_on(job: Job, place: Place, pairs: LatentStore | LmdbClips | None) -> Run:
+    """The same on these trajectories, or without any."""
+    recipe, ranks, waits = job.recipe, place.ranks, Waits(place.ranks.device)
     mesh = build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type)
     engine = FsdpEngine(mesh, ranks.device, waits.collective)
-    pairs = open_pairs(job, place) if kind == "ode" else None
     clips = clips_of(recipe, ranks.device) if needs_clips(job) else None
     captions: CaptionSource = clips.captions_source if clips else pairs or PromptFile(Path(recipe.data.prompts))
     conditions = sharded(conditions_of(recipe, captions, ranks.device), recipe, engine)
@@ -162,11 +164,3 @@ def mark_done(job: Job, summary: dict[str, Any]) -> None:
     beside = job.directory / f"{DONE}.new"
     beside.write_text(json.dumps(summary))
     beside.replace(job.directory / DONE)
-
-
-def run_pipeline(resolved: Resolved, place: Place) -> None:
-    """Train every job of the recipe that is not done yet."""
-    for job in jobs(resolved, place.run_dir):
-        torch.distributed.barrier()  # rank 0 may still be writing the last job's marker
-        train(job, place)
-    torch.distributed.barrier()

@@ -175,6 +175,33 @@ class VideoTable:
 
 
 @dataclass(frozen=True)
+class GateRow:
+    """One measure of a gate: its median over `clips` clips, the bounds, and how many clips were outside.
+
+    reference: the median of clean clips, of which the bounds are multiples; nan where they are absolute.
+    """
+
+    measure: str
+    median: float
+    low: float
+    high: float
+    reference: float
+    outside: int
+    clips: int
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate before a stage said of the stage's start; `failing`: share of clips that may be outside."""
+
+    stage: str
+    start: str
+    passed: bool
+    failing: float
+    measures: list[GateRow]
+
+
+@dataclass(frozen=True)
 class StageCurves:
     """Training curves of one stage."""
 
@@ -221,6 +248,7 @@ class Report:
     quality: list[QualityRow] = field(default_factory=list)
     probe: ProbeResult | None = None
     videos: VideoTable | None = None
+    gates: list[GateResult] = field(default_factory=list)
     curves: list[StageCurves] = field(default_factory=list)
     timing: list[Timing] = field(default_factory=list)
     recipe_yaml: str = ""
@@ -230,7 +258,7 @@ class Report:
 
     def to_json(self) -> str:
         """Strict JSON; non-finite floats become the strings "nan", "inf", "-inf"."""
-        return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
+        return strict_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -266,10 +294,15 @@ def read_series(path: Path, metric: str, name: str) -> Series:
 # --- JSON ----------------------------------------------------------------------------------------------------
 
 
+def strict_json(value: Any) -> str:
+    """JSON that any reader takes; non-finite floats become the strings "nan", "inf", "-inf", which float() reads."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -461,6 +494,7 @@ def render(report: Report, run_dir: Path) -> str:
         _steps_section(report),
         _quality_section(report),
         _probe_section(report, palette),
+        _gate_section(report),
         _curve_section(report, palette),
         _timing_section(report),
         _provenance_section(report),
@@ -690,6 +724,32 @@ def _claim_table(probe: ProbeResult) -> str:
         for claim in probe.claims
     )
     return _table(head, rows)
+
+
+def _gate_section(report: Report) -> str:
+    if not report.gates:
+        return ""
+    columns = ("", "median", "clean clips", "bounds", "clips outside", "")
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    rows = "".join(_gate_rows(gate) for gate in report.gates)
+    lead = (
+        "Before a stage begins, its start is rolled out on fixed prompts. Where there are clean clips, the bounds are "
+        "multiples of what those measure. A stage whose start fails does not begin."
+    )
+    return _section("gates", "Gates between stages", lead, _table(head, rows))
+
+
+def _gate_rows(gate: GateResult) -> str:
+    outcome, word = ("better", "passed") if gate.passed else ("worse", "failed")
+    pill = f'<span class="pill {outcome}">{word}</span>'
+    rows = f'<tr><th scope="row" colspan="5">{escape(gate.stage)}<small>starts from {escape(gate.start)}</small></th>'
+    rows += f"<td>{pill}</td></tr>"
+    for row in gate.measures:
+        bounds, outside = f"{number(row.low)} to {number(row.high)}", f"{row.outside} of {row.clips}"
+        cells = (number(row.median), number(row.reference), bounds, outside)
+        rows += f'<tr><th scope="row">{escape(row.measure.replace("_", " "))}</th>'
+        rows += "".join(f"<td>{cell}</td>" for cell in cells) + f"<td>at most {gate.failing:.0%}</td></tr>"
+    return rows
 
 
 def _curve_section(report: Report, palette: Palette) -> str:

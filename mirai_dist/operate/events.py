@@ -1,6 +1,6 @@
 """RUN/events.jsonl: what happened to a run over all its starts, one JSON object a line, appended as it happens.
 
-    start      ranks, hosts, device, commit, recipe (digest), job, restart, host and pid of rank 0
+    start      ranks, hosts, device, commit, recipe (digest), steps (empty: all), job, restart; host, pid of rank 0
     begun      stage, cycles, cycle: a stage (or arm and seed of one) begins, at this cycle
     resumed    stage, cycle, position, checkpoint
     saved      stage, cycle, position, checkpoint
@@ -10,7 +10,7 @@
     profiled   stage, cycle, rank, trace, bytes
     stopped    by, stage, cycle, position: saved first
     failed     host, rank, error, exit_code, record: the first rank of a start that failed
-    done       the run came to its end
+    done       the run, or its steps, came to their end
 
 Every record has `time` (seconds since 1970) and `event`. What other files say is not repeated: curves are in
 metrics.jsonl, tracebacks in logs/failure-rank-N.json, and which checkpoint is good in the checkpoints themselves.

@@ -94,7 +94,7 @@ def of(run_dir: Path, now: float | None = None) -> Status:
     records = _records(job.directory / "metrics.jsonl") if job else []
     signs = [_modified(run_dir / control.FOLDER / control.ALIVE), history[-1]["time"] if history else 0.0]
     signs.append(records[-1]["time"] if records else 0.0)
-    state, why = _state(starts[-1] if starts else [], now - max(signs))
+    state, why = _state(starts[-1] if starts else [], now - max(signs), all(map(is_done, every)))
     pace = _pace(records)
     cycle = _cycle(job, records)
     running = starts[-1][0] if starts else {}
@@ -147,7 +147,7 @@ def split(history: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return starts
 
 
-def _state(start: Sequence[dict[str, Any]], silence: float) -> tuple[str, str]:
+def _state(start: Sequence[dict[str, Any]], silence: float, trained: bool) -> tuple[str, str]:
     if not start:
         return "not started", "no start is on record"
     end = next((each for each in start if each["event"] in events.ENDS), None)
@@ -158,6 +158,9 @@ def _state(start: Sequence[dict[str, Any]], silence: float) -> tuple[str, str]:
         return "running", f"sign of life {_duration(silence)} ago"
     if end["event"] == "stopped":
         return "stopped", f"by {end['by']}"
+    steps = start[0].get("steps", [])
+    if end["event"] == "done" and steps and not trained:
+        return "stopped", f"after {', '.join(steps)}, which it was started for"
     return end["event"], end.get("error", "")
 
 

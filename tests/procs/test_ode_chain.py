@@ -16,7 +16,9 @@ import torch.distributed as dist
 from mirai_dist.commands import data_make
 from mirai_dist.commands.arguments import VERBS
 from mirai_dist.config import FileError, RecipeError, load
-from mirai_dist.cycle.pipeline import Place, run_pipeline
+from mirai_dist.config.steps import steps
+from mirai_dist.cycle.chain import run_chain as run_steps
+from mirai_dist.cycle.pipeline import Place
 from mirai_dist.cycle.roles import teacher_forced, wan_shape
 from mirai_dist.cycle.trajectories import Making
 from mirai_dist.data.latents import LatentStore
@@ -49,7 +51,7 @@ def run_chain(folder: Path, ranks: int, *overrides: str) -> None:
     def body(rank: int) -> None:
         here = World(rank, rank, ranks, ranks, "here", tiny.CPU)
         console = tiny.console(folder)
-        run_pipeline(resolved, Place(here, folder, console, StopRequest()))
+        run_steps(resolved, Place(here, folder, console, StopRequest()), steps(resolved.recipe))
         console.close()
         dist.barrier()
 

@@ -103,7 +103,19 @@ def test_the_twin_runs_to_its_report(path: Path, tmp_path: Path) -> None:
         assert f"{name}: {count}\n" in (run_dir / "effective.yaml").read_text()
         for arm, job in jobs(twin, name, run_dir):
             check_job(arm, name, job)
+    check_gates(twin.recipe, run_dir)
     starts_from_its_files(twin.recipe, run_dir / "stages" / "distil")
+
+
+def check_gates(recipe: Recipe, run_dir: Path) -> None:
+    """Every gate was run, and let the twin pass; bounds are absolute where there are prompts and no clips."""
+    gated = [name for name, stage in recipe.stages.items() if stage.gate.clips]
+    assert "distil" in gated
+    for name in gated:
+        record = json.loads((run_dir / "stages" / name / "gate.json").read_text())
+        assert record["passed"] and [len(each["values"]) for each in record["measures"]] == [2] * 3
+        absolute = bool(recipe.data.prompts) and not recipe.data.latents
+        assert [each["reference"] == "nan" for each in record["measures"]] == [absolute] * 3
 
 
 def check_job(recipe: Recipe, name: str, job: Path) -> None:

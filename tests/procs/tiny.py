@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mirai_dist.config import load, schema
+from mirai_dist.config.jobs import Job
 from mirai_dist.cycle import roles
-from mirai_dist.cycle.pipeline import Job, Place, make_run
+from mirai_dist.cycle.pipeline import Place, make_run
 from mirai_dist.cycle.stages import STAGES, Run, Stage
 from mirai_dist.cycle.starts import Starts
 from mirai_dist.models import predictor

@@ -44,6 +44,16 @@ BROKEN = [
     ("dmd-roles", ["stages.few_step.critic=teacher"], "stages.few_step.critic has no effect"),
     ("dmd-roles", ["stages.distil.teacher="], "stages.distil.teacher is missing"),
     ("dmd-roles", ["stages.distil.parent="], "stages.distil.parent is missing"),
+    ("gate-parent", ["stages.teacher.gate.clips=4"], "stage teacher starts from random weights"),
+    ("gate-parent", ["stages.ar_teacher.gate.clips=4"], "rolls out a causal network, and 'teacher' is bidirectional"),
+    ("gate-clips",
+     ["stages.distil.gate.clips=4", "video.latent_frames=3", "foresight.offsets=[0]", "study.arms={a: []}"],
+     "clips of 3 latent frames are too short: it takes two segments (6 frames) and 3 frames; set it to 0"),
+    ("gate-bounds", ["stages.distil.gate.motion=[1]"], "stages.distil.gate.motion is [1.0]; write [low, high]"),
+    ("gate-bounds", ["stages.distil.gate.motion=[2,1]"], "with 0 <= low < high, or [] for the default"),
+    ("gate-bounds", ["stages.distil.gate.saturation=[0,1e999]"], "is [0.0, inf]; write [low, high]"),
+    ("stage-name", ["stages.report=${stages.teacher}"], "stages.report has the name of a run's last step"),
+    ("range", ["stages.distil.gate.failing=1.5"], "it must be at least 0 and at most 1"),
     ("trajectories", ["stages.few_step.trajectories=4"], "has no effect in a stage of kind consistency"),
     ("trajectories", ["stages.few_step.kind=ode"], "and neither is set"),
     (
@@ -130,6 +140,7 @@ BROKEN = [
     ("arm-overrides", ["study.arms.x=[dmd.guidance=1, dmd.guidance=2]"], "study.arms.x sets dmd.guidance twice"),
     ("arm-overrides", ["study.arms.x=[video.fps=8]"], "study.arms.x sets video.fps, which all arms share"),
     ("arm-overrides", ["study.arms.x=[stages.teacher.cycles=8]"], "which all arms share"),
+    ("arm-overrides", ["study.arms.x=[stages.distil.gate.clips=8]"], "which all arms share"),
     ("arm-overrides", ["study.arms.x=['study.seeds=[8]']"], "which all arms share"),
 ]
 

@@ -15,6 +15,8 @@ from mirai_dist.evaluate import charts
 from mirai_dist.evaluate.charts import LineChart, Palette, Series
 from mirai_dist.evaluate.report import (
     Cell,
+    GateResult,
+    GateRow,
     Precondition,
     ProbeResult,
     Provenance,
@@ -119,8 +121,18 @@ def example(directory: Path, history: bool = True) -> Report:
         "tiny/video_mirai", "2026-11-20 14:02", "foresight", "baseline", ORDER, [1, 2, 3], provenance,
         quality=quality(rng), probe=probe(rng, history), videos=videos(directory), curves=curves(rng), timing=timing,
         recipe_yaml="name: tiny\nnote: <script>alert(1)</script>\n", effective_yaml="mesh: [2]\n",
-        notes=["Videos of a procedural world; see the README."],
+        notes=["Videos of a procedural world; see the README."], gates=gates(),
     )  # fmt: skip
+
+
+def gates() -> list[GateResult]:
+    """One that passed beside clean clips, and one that failed its absolute bounds."""
+    relative = GateRow("boundary_jump", 1.37, 0.0, 2.21, 1.105, 1, 16)
+    absolute = GateRow("motion", 0.0113, 0.02, 1.1, math.nan, 12, 16)
+    return [
+        GateResult("distil", "few_step (ema, digest 6414e06b15cbb4d6)", True, 0.25, [relative]),
+        GateResult("late", "<start> (raw, digest 0a0a)", False, 0.125, [absolute]),
+    ]
 
 
 class Page(HTMLParser):
@@ -194,6 +206,18 @@ def test_every_number_of_the_tables_is_on_the_page(rendered: tuple[Report, Path,
         assert charts.signed(claim.difference.low, reach) in text
     for needed in ("0123abc", "sha256:9f1c", "torch 2.13.0", "teacher 61.2", "mesh: [2]", "unaccounted", "no data"):
         assert needed in text
+
+
+def test_gates_are_shown_with_measures_bounds_and_verdict(rendered: tuple[Report, Path, Page]) -> None:
+    text = " ".join(rendered[2].words)
+    shown = text[text.index("Gates between stages") : text.index("Training curves")]
+    first, second = shown.split("late")
+    for needed in ("distil", "few_step (ema, digest 6414e06b15cbb4d6)", "passed", "boundary jump", "1.37", "1.10",
+                   "0 to 2.21", "1 of 16", "at most 25%"):  # fmt: skip
+        assert needed in first, needed
+    for needed in ("<start>", "failed", "0.0113", "–", "0.0200 to 1.10", "12 of 16", "at most 12%"):
+        assert needed in second, needed
+    assert "passed" not in second and "failed" not in first
 
 
 def test_json_round_trip_with_numbers_that_json_lacks(rendered: tuple[Report, Path, Page]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mirai_dist.config import files, load, rundir
 from mirai_dist.config.rules import check_layout
+from mirai_dist.config.steps import chosen
 from mirai_launch import local
 
 
@@ -17,6 +18,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=_ranks, help="ranks on this machine (default: one a GPU, else 2)")
     parser.add_argument("--run-dir", type=Path, help="where everything is written (default: runs/<name>)")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--only",
+        metavar="STEP",
+        action="append",
+        default=[],
+        help="do this step alone, or several, comma-separated: STAGE.gate, STAGE, report (default: what is not done)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,8 +43,10 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
         resolved = load(arguments.recipe, arguments.overrides)
         for variant in resolved.variants():
             files.check(variant.recipe, variant.origins)
+        chosen(resolved.recipe, arguments.only)
         run_dir = run_dir or rundir.default(resolved.recipe)
-    request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
+    words = tuple(arguments.overrides), tuple(arguments.only)
+    request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, *words)
     launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
     if resolved is not None:
         for variant in resolved.variants():
