@@ -174,7 +174,7 @@ def _container(container: Container) -> Iterator[tuple[str, str]]:
             if getattr(container, name):
                 yield f"container.{name}", "is set, but container.kind is none; set it to pyxis or apptainer"
     elif not container.image:
-        yield "container.image", f"is empty, but container.kind is {container.kind}; name the image"
+        yield "container.kind", f"is {container.kind}, but container.image is empty; name the image"
     elif not re.fullmatch(r"[\w./:@#+-]+", container.image):
         yield "container.image", f"is {container.image!r}; a path or image name without blanks"
     for mount in container.mounts:

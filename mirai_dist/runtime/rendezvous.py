@@ -287,6 +287,17 @@ def _first_ephemeral() -> int:
     return int(_PORT_RANGE.read_text().split()[0]) if _PORT_RANGE.exists() else 32768
 
 
+def _make_scratch(env: Mapping[str, str]) -> None:
+    """TMPDIR on this node: the batch script ran on the first one alone."""
+    folder = env.get("TMPDIR")
+    try:
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"{socket.gethostname()}: TMPDIR {folder} cannot be made ({error.strerror})"
+        raise LaunchError(f"{where}; set `scratch` in the cluster file to a folder that tasks can write") from None
+
+
 def run(options: argparse.Namespace) -> NoReturn:
     """Meet, then exec."""
     env = os.environ
@@ -297,8 +308,7 @@ def run(options: argparse.Namespace) -> NoReturn:
         port = meet(step, candidates(env), own, options.patience)
         if port is None:
             os._exit(SUSPECT_NODE)  # rank 0 has told why
-    if env.get("TMPDIR"):
-        Path(env["TMPDIR"]).mkdir(parents=True, exist_ok=True)
+    _make_scratch(env)
     argv = [sys.executable, *command(step, port, options.torchrun, options.command)]
     os.execve(argv[0], argv, environment(env, step, port, options.torchrun))
 

@@ -1,7 +1,7 @@
 """Run by the batch script before and after its step: `python -m mirai_launch.slurm.attempt begin|end ...`.
 
 begin   takes away the STOP file that ended the attempt before, and refuses one more where several left nothing
-end     decides what becomes of the job, queues it again if so, says it on one screen, and returns the script's exit code
+end     decides what becomes of the job, queues it again if so, says it on one screen, returns the exit code
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from mirai_launch.slurm.client import Scheduler, SchedulerError
 from mirai_launch.slurm.ending import Decision, Ending, Failure
 
 ATTEMPTS = Path("slurm") / "attempts.jsonl"
-STOP = "STOP"
+STOP = "STOP"  # the run saves and leaves
+HOLD = "HOLD"  # somebody stopped the run; it stays down until somebody submits or requeues it
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def begin(run_dir: Path, cap: int, env: Mapping[str, str]) -> int:
     """Note the attempt. Returns 0, or 20 where it must not start."""
     job, restart, now = job_of(env), int(env.get("SLURM_RESTART_COUNT", "0")), progress(run_dir)
     (run_dir / STOP).unlink(missing_ok=True)
-    why = ending.exhausted(fruitless(read(run_dir), job, now), cap)
+    held = "it was stopped on request" if (run_dir / HOLD).exists() else ""
+    why = held or ending.exhausted(fruitless(read(run_dir), job, now), cap)
     if why:
         console.say(f"mirai: job {job} does not start again: {why}")
         return ending.DO_NOT_REQUEUE
@@ -101,12 +104,11 @@ def end(run_dir: Path, cap: int, code: int, terminated: bool, env: Mapping[str, 
     """Decide, act, tell. Returns the batch script's exit code; 10 where the job is queued again."""
     job, scheduler = job_of(env), Scheduler()
     attempts, now = read(run_dir), progress(run_dir)
-    own = attempts[-1] if attempts else None
-    stop = run_dir / STOP
+    own = next((attempt for attempt in reversed(attempts) if attempt.job == job), None)
     facts = Ending(
         code=code,
         terminated=terminated,
-        stop=(stop.read_text().split() or ["somebody"])[0] if stop.exists() else "",
+        stop=_stop(run_dir),
         failures=ending.first_of(failures(run_dir / "logs")),
         progressed=own is not None and own.progress != now,
         fruitless=fruitless(attempts, job, now),
@@ -118,6 +120,14 @@ def end(run_dir: Path, cap: int, code: int, terminated: bool, env: Mapping[str, 
     for line in summary(run_dir, job, decision, outcome, now):
         console.say(line)
     return ending.DO_NOT_REQUEUE if outcome.startswith("NOT") else decision.exit_code
+
+
+def _stop(run_dir: Path) -> str:
+    """Who asked the run to stop: "" nobody, ending.WARNED the batch script, anything else a person."""
+    if (run_dir / HOLD).exists():
+        return HOLD
+    stop = run_dir / STOP
+    return (stop.read_text(encoding="utf-8").split() or [STOP])[0] if stop.exists() else ""
 
 
 def failures(logs: Path) -> list[Failure]:
@@ -138,12 +148,13 @@ def _running(scheduler: Scheduler, job: str) -> bool:
 
 def _requeue(scheduler: Scheduler, job: str, decision: Decision) -> str:
     """Queue the job again; says what came of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it as soon as the job is back in the queue
     try:
-        if decision.exclude:
-            scheduler.exclude(job, decision.exclude)
         scheduler.requeue(job)
+        if decision.exclude:
+            scheduler.exclude(job, decision.exclude)  # refused while the job was running
     except SchedulerError as error:
-        return f"NOT queued again: {error}"
+        return f"NOT queued again as it should be: {error}"
     without = f" without {', '.join(decision.exclude)}" if decision.exclude else ""
     return f"queued again as job {job}{without}"
 
