@@ -61,12 +61,12 @@ def conflicts(old: Recipe, new: Recipe) -> list[str]:
     """The lines of `diff` that keep a run of `old` from going on as `new`; empty: `new` only extends it.
 
     A run may be extended by more cycles of a last stage (where no schedule stretches over them), more arms and
-    seeds, other gates, checkpoint and report settings, another layout of the same arithmetic, and another name.
+    seeds, other gates, checkpoint, alarm and report settings, another layout of the same arithmetic, and another name.
     """
     return [line for line in diff(old, new) if not _extends(line.partition(":")[0], old, new)]
 
 
-_FREE = ("checkpoint.", "evaluate.", "parallel.")
+_FREE = ("alarms.", "checkpoint.", "evaluate.", "parallel.")
 
 
 def _extends(key: str, old: Recipe, new: Recipe) -> bool:

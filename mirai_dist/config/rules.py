@@ -56,6 +56,7 @@ _ONLY_WITH = {
     "dmd": "dmd",
     "foresight": "dmd",
     "study": "dmd",
+    "alarms": "dmd",
     "consistency": "consistency",
     "ode": "ode",
 }
@@ -152,6 +153,17 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     schema.Parallel: {"replicas": _COUNT},
     schema.Checkpoint: {"every_cycles": _COUNT, "keep": _COUNT},
+    schema.Alarms: {
+        "warmup_cycles": _COUNT,
+        "window_cycles": _COUNT,
+        "saturation": _NOT_NEGATIVE,
+        "mean_drift": _NOT_NEGATIVE,
+        "motion": _NOT_NEGATIVE,
+        "critic_lag": _NOT_NEGATIVE,
+        "moved": Range(high=1),
+        "score_scale": _NOT_NEGATIVE,
+        "timesteps": _NOT_NEGATIVE,
+    },
     schema.Evaluate: {
         "samples": _COUNT,
         "probe_clips": _COUNT,
@@ -468,7 +480,7 @@ def _study_stage(recipe: Recipe) -> Iterator[Problem]:
 
 # What a stage may have of its own: how it is trained. Shapes, data of the report and the order of things are the run's.
 _OF_A_STAGE = ("flow.", "rollout.", "dmd.", "foresight.", "consistency.", "ode.", "parallel.", "data.")
-_OF_A_STAGE += ("video.frames_per_segment",)
+_OF_A_STAGE += ("alarms.", "video.frames_per_segment")
 
 
 @rule("stage-overrides")
@@ -634,6 +646,14 @@ def _shuffled_targets(recipe: Recipe) -> Iterator[Problem]:
             key = f"stages.{name}.batch.micro_size"
             what = f"foresight.targets shuffled takes the target from another sample run at once; raise {key} above 1"
             yield Problem(("foresight.targets", key), what)
+
+
+@rule("saturation-limit")
+def _saturation_limit(recipe: Recipe) -> Iterator[Problem]:
+    limit = recipe.alarms.saturation
+    if 0 < limit <= 1:
+        what = f"alarms.saturation {limit:g} would be up always: the spread may leave [1 / limit, limit] of its start"
+        yield Problem(("alarms.saturation",), f"{what}; use more than 1, such as 1.5, or 0 to turn it off")
 
 
 # --- the study -----------------------------------------------------------------------------------------------

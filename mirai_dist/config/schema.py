@@ -328,6 +328,30 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alarms:
+    """When the measures of a dmd stage say that it is dying (mirai_dist/observe/alarms.py); a limit of 0 is off."""
+
+    warmup_cycles: int = key(5, help="cycles before any alarm looks; what is relative to the start is relative to them")
+    window_cycles: int = key(10, help="cycles whose mean is compared with a limit, and that an alarm takes to clear")
+    on_alarm: str = key(
+        "warn",
+        help="warn: say it and go on; stop: save, and end the run with exit code 20",
+        choices=("warn", "stop"),
+    )
+    saturation: float = key(
+        1.5, help="latents/all/std relative to its start, or the inverse: above 1; over-saturated or washed out"
+    )
+    mean_drift: float = key(0.4, help="largest drift/mean: channel means off the teacher's, in its standard deviations")
+    motion: float = key(0.5, help="least motion/relative: frame-to-frame difference relative to the teacher's")
+    critic_lag: float = key(
+        1.25, help="largest critic_error/to_gaussian; above 1 the critic knows less than the samples' mean and variance"
+    )
+    moved: float = key(0.5, help="least fraction of the weights of a trained network that its updates change")
+    score_scale: float = key(2.0, help="largest score/guided_std: spread of the teacher's x0 with guidance and without")
+    timesteps: float = key(6.0, help="standard deviations that drawn score timesteps may be off their schedule")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run: what is trained, on what, how it is sharded and what is measured."""
 
@@ -352,6 +376,7 @@ class Recipe:
     parallel: Parallel = key(Parallel, help="sharding and precision")
     checkpoint: Checkpoint = key(help="checkpoints")
     study: Study = key(Study, help="arms and seeds of a dmd stage")
+    alarms: Alarms = key(Alarms, help="alarms on the health of a dmd stage")
     evaluate: Evaluate = key(Evaluate, help="report")
 
     @property

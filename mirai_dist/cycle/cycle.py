@@ -4,7 +4,7 @@ step        the update at this position (phases.py)
 record      its losses, averaged over ranks; with them goes what signals and operators ask (desk.py)
 advance     to the next position, or the next cycle
 show        a grid of samples, when due
-save        when due, or when somebody asked to save or to stop
+save        when due, when somebody asked to save or to stop, or when an alarm is to stop the run
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mirai_dist.cycle.gallery import Gallery
 from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import Stage
 from mirai_dist.cycle.watch import Watch
+from mirai_dist.observe.alarms import Change
 
 
 class Stopped(RuntimeError):
@@ -25,6 +26,12 @@ class Stopped(RuntimeError):
     """
 
     exit_code = 10
+
+
+class Alarmed(RuntimeError):
+    """An alarm rose in a run that was told to stop at one; its state is saved. Not requeued: a person decides."""
+
+    exit_code = 20
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class Loop:
     desk: Desk
 
     def run(self, stage: Stage, title: str) -> None:
-        """Run the remaining cycles of a stage. Raises Stopped, after saving, when somebody asked for it."""
+        """Run the remaining cycles of a stage. Raises, after saving, Stopped when somebody asked for it, Alarmed when
+        an alarm rose and `alarms.on_alarm` is stop."""
         with self.watch.stage(stage, title):
             while stage.cycle < stage.stage.cycles:
                 stage.step()
-                asked = self.watch.record(stage)
+                asked, changes = self.watch.record(stage)
                 stage.advance()
+                self._heed(stage, changes)
                 cycle_ended = stage.position == 0
                 if cycle_ended and not asked.stop:
                     self.gallery.cycle_ended(stage)
@@ -55,3 +64,12 @@ class Loop:
                         f"position {stage.position}; run the same command to go on"
                     )
             self.desk.profiling.finish()
+
+    def _heed(self, stage: Stage, changes: list[Change]) -> None:
+        risen = [change.sentence for change in changes if change.raised]
+        if risen and stage.recipe.alarms.on_alarm == "stop":
+            self.saver.save(stage)
+            raise Alarmed(
+                f"{stage.name}: {'; '.join(risen)}; saved before cycle {stage.cycle} (alarms.on_alarm stop): the same "
+                "command goes on past it"
+            )

@@ -13,6 +13,7 @@ from mirai_dist.config.gates import bounds_of, has_reference
 from mirai_dist.config.rules import accumulation
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
+from mirai_dist.observe.alarms import dmd_alarms, silence
 from mirai_dist.plan.shards import ShardPlan, predictor_plan, ranks_per_shard, wan_plan
 
 
@@ -56,8 +57,17 @@ def _effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]
             "encoder blocks": captured_blocks(recipe.teacher.blocks, depth, arithmetic),
         },
         "accumulation": {name: accumulation(stage.batch, ranks) for name, stage in recipe.stages.items()},
+        "alarms": {name: _alarms(recipe, stage.cycles) for name, stage in recipe.stages.items() if stage.kind == "dmd"},
         "networks": {name: _described(plan) for name, plan in plans.items()},
     }
+
+
+def _alarms(recipe: schema.Recipe, cycles: int) -> str:
+    """What the alarms of a dmd stage watch, and from when on; or why they cannot say anything."""
+    limits = recipe.alarms
+    names = ", ".join(alarm.name for alarm in dmd_alarms(limits, draws=1))
+    first = limits.warmup_cycles + limits.window_cycles
+    return silence(limits, cycles) or f"{limits.on_alarm}, after {first} cycles: {names}"
 
 
 def _starts(recipe: schema.Recipe) -> dict[str, str]:

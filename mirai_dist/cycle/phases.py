@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mirai_dist.cycle import measures
 from mirai_dist.cycle.roles import (
     Role,
     causal,
@@ -21,6 +22,7 @@ from mirai_dist.cycle.roles import (
     velocity_of,
 )
 from mirai_dist.method import foresight as foresight_method
+from mirai_dist.method import health
 from mirai_dist.method.consistency import ConsistencyNetworks, Neighbours, consistency_loss
 from mirai_dist.method.critic import critic_loss
 from mirai_dist.method.dmd import Conditioning, dmd_loss, noised, score_difference, score_draws, score_timestep
@@ -66,8 +68,7 @@ def update(
     with stage.ledger.phase("optimizer"):
         norms = [role.norm(where) for role in roles]  # all are checked before any is stepped
         for role, norm in zip(roles, norms, strict=True):
-            for name, value in role.step(norm).items():
-                stage.metrics.add(name, value)
+            stage.metrics.add_all(role.step(norm))
 
 
 def generator_update(stage: DmdStage, at: Moment) -> None:
@@ -87,6 +88,8 @@ def generator_update(stage: DmdStage, at: Moment) -> None:
         return loss
 
     update(stage, "generator", roles, batch, loss_of)
+    if stage.predictor and stage.foresight_is_on:
+        measures.gates(stage, stage.predictor.network)
 
 
 def critic_update(stage: DmdStage, at: Moment) -> None:
@@ -223,6 +226,7 @@ def _rollout(stage: DmdStage, at: Moment, samples: list[int], text: Tensor, capt
     noise = stage.normal("rollout", at, samples, shape).transpose(0, 1)
     exit_step, first_exit = stage.exit_steps(at, samples)
     stage.metrics.add("exit_step", float(exit_step))
+    measures.step_lists(stage)
     with stage.ledger.phase("rollout"):
         inputs = RolloutInputs(
             noise, text, exit_step, capture, first_exit_step=first_exit, gradient_from=total - video.latent_frames
@@ -238,10 +242,12 @@ def _distribution_matching(stage: DmdStage, at: Moment, samples: list[int], roll
     noisy = noised(latents, stage.normal("score/noise", at, samples, latents.shape[1:]), timesteps)
     scores = (velocity_of(stage.teacher.network), velocity_of(stage.critic.network))
     prompts = Conditioning(text, stage.run.negative)
-    gradient = score_difference(latents, noisy, timesteps, prompts, scores, stage.recipe.dmd.guidance)
-    loss = dmd_loss(latents, gradient, rolled.trained)
+    scored = score_difference(latents, noisy, timesteps, prompts, scores, stage.recipe.dmd.guidance)
+    loss = dmd_loss(latents, scored.gradient, rolled.trained)
     stage.metrics.add("loss/dmd", loss)
-    stage.metrics.add("dmd_gradient", gradient.abs().mean())
+    stage.metrics.add("dmd_gradient", scored.gradient.abs().mean())
+    with stage.ledger.phase("measures"):
+        stage.metrics.add_all(health.measures(scored, stage.recipe.video.frames_per_segment))
     return loss
 
 
@@ -272,6 +278,7 @@ def _score_timesteps(stage: DmdStage, at: Moment, samples: list[int], exit_step:
     draws = [among[stage.run.draws.integer(stage.purpose("score/timestep"), *at, s, len(among))] for s in samples]
     values = [score_timestep(u, shift, dmd.min_timestep, dmd.max_timestep) for u in draws]
     stage.timesteps += values
+    measures.timesteps(stage, values, among)
     return torch.tensor(values, device=stage.run.draws.device)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirai_dist.config import schema
+from mirai_dist.method import health
 from mirai_dist.method.dmd import Velocity
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.rollout import Past, RolloutSettings, SegmentNetwork
@@ -23,7 +24,7 @@ from mirai_dist.parallel.engine_fsdp import FsdpEngine, NonFiniteError
 from mirai_dist.parallel.materialize import Initialise, draw
 from mirai_dist.plan.shards import ShardPlan, predictor_plan, wan_plan
 from mirai_dist.state.draws import Draws
-from mirai_dist.state.ema import Ema
+from mirai_dist.state.ema import Ema, local
 
 Fill = Callable[[nn.Module], None]  # gives an allocated network its first weights
 
@@ -75,19 +76,21 @@ class Role:
                 "nothing was stepped; look at the data and rates, then resume"
             ) from error
 
-    def step(self, norm: Tensor) -> dict[str, float]:
-        """One optimizer step at this network's own learning rate, clipped; returns what is worth logging."""
+    def step(self, norm: Tensor) -> dict[str, Tensor | float]:
+        """One optimizer step at this network's own learning rate, clipped; returns what is worth logging, among it
+        parts (method/health.py) of what it did to the weights."""
         assert self.optimizer is not None and self.training is not None
         settings = self.training.optimizer
         rate = learning_rate(settings, self.updates, self.training.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        before = health.Moved([local(weight) for weight in self.network.parameters()])
         self.engine.step(self.network, self.optimizer, settings.clip_norm, norm)
         self.updates += 1
         if self.average is not None:
             self.average.update()
         self.average_if_due()
-        return {f"grad_norm/{self.name}": norm.item(), f"lr/{self.name}": rate}
+        return {f"grad_norm/{self.name}": norm.item(), f"lr/{self.name}": rate, **before.parts(self.name)}
 
 
 def learning_rate(settings: schema.Optimizer, update: int, total: int) -> float:

@@ -24,12 +24,14 @@ from mirai_dist.data.conditions import Conditions
 from mirai_dist.data.latents import LatentStore
 from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.world import World
+from mirai_dist.method import health
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.replay import ReplayCache
 from mirai_dist.method.rollout import kept_frames
 from mirai_dist.models.vae import Vae
 from mirai_dist.models.wan import KVCache
+from mirai_dist.observe.alarms import Alarms, Change, dmd_alarms
 from mirai_dist.observe.ledger import Ledger
 from mirai_dist.observe.metrics import Metrics
 from mirai_dist.observe.waits import Waits
@@ -44,6 +46,13 @@ class Moment(NamedTuple):
 
     cycle: int
     position: int
+
+
+class Observed(NamedTuple):
+    """Metrics of one position, averaged over ranks, and what the alarms made of them: equal on all ranks."""
+
+    values: dict[str, float]
+    changes: list[Change]
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class Stage(ABC):
         )
         self.cursors: dict[str, Cursor] = {}
         self.metrics = Metrics(run.draws.device)
+        self.alarms = Alarms(self.recipe.alarms)
         self.ledger = Ledger()
         self.cycle, self.position = 0, 0
         self.timesteps: list[float] = []  # drawn by the present update: an error names them
@@ -154,6 +164,14 @@ class Stage(ABC):
         """Offsets in the global batch that this rank runs."""
         return [sample for micro_batch in samples_of_rank(0, self.layout) for sample in micro_batch]
 
+    def observe(self) -> Observed:
+        """Metrics of the position that was just run, and after the last one of a cycle the alarms that rose or
+        cleared. Collective: one reduction over ranks."""
+        values = health.combined(self.metrics.reduce())
+        self.alarms.record(values)
+        ended = self.position == len(self.positions) - 1
+        return Observed(values, self.alarms.close_cycle(self.cycle) if ended else [])
+
     def advance(self) -> None:
         """Go to the next position, or to the first one of the next cycle."""
         self.position += 1
@@ -173,6 +191,7 @@ class Stage(ABC):
                 "seed": self.run.draws.seed,
                 "cursors": {stream: cursor.consumed for stream, cursor in self.cursors.items()},
                 "updates": {name: role.updates for name, role in roles.items()},
+                "alarms": self.alarms.state(),
             },
             samples=self.saved_samples(),
         )
@@ -185,6 +204,7 @@ class Stage(ABC):
         for name, role in self.roles.items():
             role.updates = extras["updates"][name]
             role.average_if_due()
+        self.alarms.load(extras["alarms"])
 
     def saved_samples(self) -> dict[str, dict[int, Tensor]]:
         """Per-sample tensors a checkpoint must hold (the replay cache)."""
@@ -286,6 +306,8 @@ class DmdStage(Stage):
         recipe, builder = self.recipe, Builder(self.recipe, run.engine, run.draws)
         updates = self.stage.cycles
         self.positions = ("generator", *("critic",) * recipe.dmd.critic_updates)
+        draws = self.layout.global_size * len(self.positions)
+        self.alarms = Alarms(recipe.alarms, dmd_alarms(recipe.alarms, draws))
         self.arithmetic = PRESETS[recipe.foresight.preset]
         self.rollout = rollout_settings(recipe)
         critic_training = Training(recipe.dmd.critic_optimizer, updates * recipe.dmd.critic_updates)

@@ -269,6 +269,7 @@ def report(resolved: Resolved, place: Place) -> None:
         probe=found.probe,
         videos=found.videos,
         curves=account.curves(every),
+        alarms=account.alarms(every),
         timing=account.timings(every),
         recipe_yaml=to_yaml(recipe),
         effective_yaml=(place.run_dir / "effective.yaml").read_text(),

@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from html import escape
 from pathlib import Path
@@ -210,6 +210,28 @@ class StageCurves:
 
 
 @dataclass(frozen=True)
+class AlarmChange:
+    """An alarm that rose or cleared at the end of a cycle, in its own words."""
+
+    cycle: int
+    raised: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class RunAlarms:
+    """What the alarms of one training run said, in order. silence: why they could not say anything, if so."""
+
+    run: str
+    changes: list[AlarmChange]
+    silence: str = ""
+
+    @property
+    def raised(self) -> int:
+        return sum(change.raised for change in self.changes)
+
+
+@dataclass(frozen=True)
 class Timing:
     """Mean seconds of one cycle of a stage, by phase ("unaccounted" included)."""
 
@@ -250,6 +272,7 @@ class Report:
     videos: VideoTable | None = None
     gates: list[GateResult] = field(default_factory=list)
     curves: list[StageCurves] = field(default_factory=list)
+    alarms: list[RunAlarms] = field(default_factory=list)
     timing: list[Timing] = field(default_factory=list)
     recipe_yaml: str = ""
     effective_yaml: str = ""
@@ -280,11 +303,11 @@ def write(run_dir: Path, report: Report) -> Path:
     return run_dir / "report.html"
 
 
-def read_series(path: Path, metric: str, name: str) -> Series:
-    """The curve of `metric` over cycles in a metrics.jsonl, under `name`; records without it are passed over."""
+def series_of(records: Iterable[Mapping[str, Any]], metric: str, name: str) -> Series:
+    """The curve of `metric` over cycles in records of a metrics.jsonl, under `name`; those without it are passed
+    over."""
     xs, ys = [], []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in records:
         if metric in record:
             xs.append(float(record["cycle"]))
             ys.append(float(record[metric]))
@@ -375,7 +398,7 @@ def findings(report: Report) -> list[Finding]:
 
 def summary(report: Report) -> list[str]:
     """Plain sentences, each following from the report's numbers."""
-    sentences = [*_quality_sentences(report), *_probe_sentences(report)]
+    sentences = [*_quality_sentences(report), *_probe_sentences(report), *_alarm_sentences(report)]
     intervals = [row.difference for row in report.quality if row.difference is not None]
     intervals += [claim.difference for claim in report.probe.claims] if report.probe else []
     count = sum(difference.n > 1 for difference in intervals)
@@ -445,6 +468,11 @@ def _probe_sentences(report: Report) -> list[str]:
     ]
 
 
+def _alarm_sentences(report: Report) -> list[str]:
+    runs = [each.run for each in report.alarms if each.raised]
+    return [f"Alarms were raised in {len(runs)} of {len(report.alarms)} runs: {_listed(runs)}."] if runs else []
+
+
 def _in_words(difference: Paired, unit: str) -> str:
     if difference.n == 1:
         return f"{signed(difference.mean)}{_unit(unit)}, one seed, no interval"
@@ -495,6 +523,7 @@ def render(report: Report, run_dir: Path) -> str:
         _quality_section(report),
         _probe_section(report, palette),
         _gate_section(report),
+        _alarm_section(report),
         _curve_section(report, palette),
         _timing_section(report),
         _provenance_section(report),
@@ -752,6 +781,25 @@ def _gate_rows(gate: GateResult) -> str:
     return rows
 
 
+def _alarm_section(report: Report) -> str:
+    if not report.alarms:
+        return ""
+    rows = ""
+    for each in report.alarms:
+        if each.silence:
+            pill, words, said = "undecided", "not watched", [each.silence]
+        else:
+            pill, words = ("worse", f"{each.raised} raised") if each.raised else ("better", "none was raised")
+            said = [change.sentence for change in each.changes]
+        text = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+        rows += f'<li><span class="pill {pill}">{words}</span><span>{escape(each.run)}</span><div>{text}</div></li>'
+    lead = (
+        "After a warm-up, the mean of the last cycles of each measure is compared with the limits of the recipe. An "
+        "alarm rises once, and clears when that mean has stayed inside for as many cycles."
+    )
+    return _section("alarms", "Alarms", lead, f'<ul class="findings">{rows}</ul>')
+
+
 def _curve_section(report: Report, palette: Palette) -> str:
     if not report.curves:
         return ""
@@ -829,6 +877,7 @@ section { margin-top:3.2rem; } header { margin-bottom:1.4rem; } header + section
   padding:.36rem 0; border-bottom:1px solid var(--line); font-size:.88rem; line-height:1.45; }
 .findings li:last-child { border-bottom:0; } .findings .pill { justify-self:start; }
 .findings .quiet { font-variant-numeric:tabular-nums; }
+#alarms .findings li { grid-template-columns:8.6rem 12rem minmax(0,1fr); } #alarms p { margin:0 0 .3rem; }
 .notes { margin:1rem 0 0; padding-left:1.1rem; color:var(--muted); font-size:.9rem; }
 .pill { display:inline-block; white-space:nowrap; border-radius:99px; padding:.08rem .6rem; font-size:.78rem;
   line-height:1.5; background:var(--soft); color:var(--muted); }
@@ -858,7 +907,8 @@ dt { color:var(--muted); } dd { margin:0; overflow-wrap:anywhere; }
 details { margin-top:1rem; } summary { cursor:pointer; color:var(--muted); font-size:.9rem; }
 pre { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:1rem; overflow-x:auto;
   font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
-@media (max-width:640px) { .findings li { grid-template-columns:1fr; gap:.2rem; } dl { grid-template-columns:1fr; } }
+@media (max-width:640px) { .findings li, #alarms .findings li {
+  grid-template-columns:1fr; gap:.2rem; } dl { grid-template-columns:1fr; } }
 @media print { body { background:#fff; } section { break-inside:avoid-page; } }
 """
 

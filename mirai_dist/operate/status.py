@@ -27,6 +27,7 @@ from mirai_dist.config.jobs import Job, is_done, jobs
 from mirai_dist.operate import control, events
 from mirai_dist.state import commit
 
+SLOW = "slow rank"  # how the names of alarms on ranks begin (cycle/watch.py)
 LIFELESS = 60.0  # seconds without a sign of life after which a run is stale
 _RECENT = 20  # cycles whose median is the pace
 _TAIL = 1 << 20  # bytes of metrics.jsonl; some hundred records
@@ -117,7 +118,7 @@ def of(run_dir: Path, now: float | None = None) -> Status:
         device=running.get("device", ""),
         rank_hours=_rank_hours(starts, max(signs)),
         failure=_failure(run_dir, starts[-1] if starts else []),
-        alarms=_alarms(starts[-1] if starts else []) if state in ("running", "stale") else (),
+        alarms=_alarms(history),
         hold=control.held(run_dir),
         requests=tuple(f"{each.verb or 'unreadable'} by {each.by}" for each in control.pending(run_dir)),
         started=running.get("time"),
@@ -234,11 +235,16 @@ def _failure(run_dir: Path, start: Sequence[dict[str, Any]]) -> Failure | None:
     return min(found, key=lambda each: each.time, default=None)
 
 
-def _alarms(start: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _alarms(history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Sentences of the alarms that are up. They belong to a stage; a resumed one does not raise again what is up."""
     up: dict[str, str] = {}
-    for each in start:
+    stage = ""
+    for each in history:
         if each["event"] == "begun":
-            up.clear()  # alarms are of a stage
+            gone = [name for name in up if each["stage"] != stage or name.startswith(SLOW)]  # other ranks, perhaps
+            stage = each["stage"]
+            for name in gone:
+                del up[name]
         if each["event"] == "alarm":
             up.pop(each["name"], None)
             up |= {each["name"]: each["text"]} if each["up"] else {}
@@ -275,7 +281,7 @@ def lines(status: Status, queue: Sequence[str] = (), now: float | None = None) -
         rows.append(("spent", _spent(status)))
     if status.failure and status.state != "done":
         rows.append(("failed", f"{status.failure.host}:{status.failure.rank} {status.failure.error}"))
-    rows += [("alarm", alarm) for alarm in status.alarms]
+    rows += [("alarm", alarm) for alarm in status.alarms if status.state != "done"]
     rows += [("asked", request) for request in status.requests]
     rows += [("next", command) for command in following(status)]
     return [f"{name:<10} {text}" for name, text in rows]

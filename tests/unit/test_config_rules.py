@@ -124,6 +124,8 @@ BROKEN = [
     ("window", ["rollout.window_frames=7"], "use 6 or 9"),
     ("window", ["rollout.window_frames=6", "rollout.sink_frames=6"], "use at least 9"),
     ("score-timesteps", ["dmd.min_timestep=980"], "dmd.min_timestep 980"),
+    ("saturation-limit", ["alarms.saturation=0.5"], "use more than 1"),
+    ("range", ["alarms.window_cycles=0"], "alarms.window_cycles is 0; it must be at least 1"),
     ("offsets", ["foresight.offsets=[]"], "from 0 to 3"),
     ("offsets", ["foresight.offsets=[1, 1]"], "foresight.offsets [1, 1]"),
     ("offsets", ["foresight.offsets=[0, 4]"], "from 0 to 3"),

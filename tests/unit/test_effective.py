@@ -58,6 +58,18 @@ def test_networks_are_told_by_their_plans() -> None:
     assert (release["storage"], release["compute"]) == ("bfloat16", "float32")
 
 
+def test_alarms_say_what_they_watch_or_why_they_cannot() -> None:
+    """The stage has nine cycles."""
+    assert used()["alarms"] == {
+        "distil": "no alarm can rise in 9 cycles: alarms.warmup_cycles and alarms.window_cycles are 15"}
+    short = ("alarms.warmup_cycles=3", "alarms.window_cycles=6")
+    limits = ("saturation", "mean_drift", "motion", "critic_lag", "score_scale", "timesteps")
+    moved = (*short, "alarms.on_alarm=stop", *(f"alarms.{name}=0" for name in limits))
+    assert used(*moved)["alarms"]["distil"] == "stop, after 9 cycles: generator_frozen, critic_frozen, predictor_frozen"
+    assert used(*moved, "alarms.moved=0")["alarms"]["distil"] == "every alarm is turned off"
+    assert "no alarm can rise" in used("alarms.warmup_cycles=4", "alarms.window_cycles=6")["alarms"]["distil"]
+
+
 def test_foresight_blocks_follow_preset_and_depth() -> None:
     assert used()["foresight"] == {"generator blocks": 1, "encoder blocks": 1}
     assert used("foresight.preset=release")["foresight"] == {"generator blocks": 2, "encoder blocks": 2}

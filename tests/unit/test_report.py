@@ -14,6 +14,7 @@ import torch
 from mirai_dist.evaluate import charts
 from mirai_dist.evaluate.charts import LineChart, Palette, Series
 from mirai_dist.evaluate.report import (
+    AlarmChange,
     Cell,
     GateResult,
     GateRow,
@@ -22,12 +23,13 @@ from mirai_dist.evaluate.report import (
     Provenance,
     QualityRow,
     Report,
+    RunAlarms,
     StageCurves,
     Timing,
     VideoRow,
     VideoTable,
     findings,
-    read_series,
+    series_of,
     summary,
     write,
 )
@@ -102,6 +104,14 @@ def curves(rng: np.random.Generator) -> list[StageCurves]:
     return [StageCurves("teacher", [flow]), StageCurves("dmd", [dmd, cosine, empty])]
 
 
+ALARMS = [
+    RunAlarms("baseline, seed 1", []),
+    RunAlarms("foresight, seed 1", [AlarmChange(9, True, "alarm <b>motion</b> at cycle 9: it stands still"),
+                                    AlarmChange(30, False, "alarm motion cleared at cycle 30")]),
+    RunAlarms("foresight, seed 2", [], "no alarm can rise in 12 cycles"),
+]  # fmt: skip
+
+
 def example(directory: Path, history: bool = True) -> Report:
     rng = np.random.default_rng(7)
     timing = [
@@ -121,7 +131,7 @@ def example(directory: Path, history: bool = True) -> Report:
         "tiny/video_mirai", "2026-11-20 14:02", "foresight", "baseline", ORDER, [1, 2, 3], provenance,
         quality=quality(rng), probe=probe(rng, history), videos=videos(directory), curves=curves(rng), timing=timing,
         recipe_yaml="name: tiny\nnote: <script>alert(1)</script>\n", effective_yaml="mesh: [2]\n",
-        notes=["Videos of a procedural world; see the README."], gates=gates(),
+        notes=["Videos of a procedural world; see the README."], gates=gates(), alarms=ALARMS,
     )  # fmt: skip
 
 
@@ -242,6 +252,25 @@ def test_json_of_another_shape_is_refused(rendered: tuple[Report, Path, Page]) -
         Report.from_json(json.dumps(data))
 
 
+def test_alarms_are_told_run_by_run(rendered: tuple[Report, Path, Page]) -> None:
+    """None that rose is not the same as none that could."""
+    report, path, page = rendered
+    html = path.read_text()
+    section = html[html.index('<section id="alarms">'):]
+    section = section[: section.index("</section>")]
+    rows = re.findall(r'<li><span class="pill (\w+)">([^<]+)</span><span>([^<]+)</span>(.*?)</li>', section)
+    assert [row[:3] for row in rows] == [
+        ("better", "none was raised", "baseline, seed 1"),
+        ("worse", "1 raised", "foresight, seed 1"),
+        ("undecided", "not watched", "foresight, seed 2"),
+    ]
+    assert "&lt;b&gt;motion&lt;/b&gt; at cycle 9" in rows[1][3] and "cleared at cycle 30" in rows[1][3]
+    assert "no alarm can rise in 12 cycles" in rows[2][3]
+    assert "Alarms were raised in 1 of 3 runs: foresight, seed 1." in summary(report)
+    calm = replace(report, alarms=ALARMS[::2])
+    assert not any("Alarms" in sentence for sentence in summary(calm))
+
+
 def test_findings_follow_the_intervals(rendered: tuple[Report, Path, Page]) -> None:
     found = {finding.subject: finding for finding in findings(rendered[0])}
     assert [found[name].verdict for name in ("colour accuracy", "jerk", "sharpness")] == [
@@ -254,7 +283,7 @@ def test_findings_follow_the_intervals(rendered: tuple[Report, Path, Page]) -> N
 
 
 def test_summary_says_what_was_won_and_what_was_not(rendered: tuple[Report, Path, Page]) -> None:
-    quality_sentence, one, two_and_three, chance = summary(rendered[0])
+    quality_sentence, one, two_and_three, _, chance = summary(rendered[0])
     assert "of 3 rows, foresight is better in 1 (colour accuracy), worse in 1 (jerk)" in quality_sentence
     assert "not distinguishable from baseline at this size in 1 (sharpness)." in quality_sentence
     assert "1 segment ahead" in one and "gains more than baseline, causal encoder and shuffled targets." in one
@@ -294,10 +323,9 @@ def test_cells_and_numbers() -> None:
     assert [charts.signed(value, 0.113) for value in (0.00813, -0.0967, 0.0002)] == ["+0.008", "−0.097", "0.000"]
 
 
-def test_read_series_takes_the_strings_for_non_finite(tmp_path: Path) -> None:
-    lines = ({"cycle": 1, "loss/dmd": 0.5}, {"cycle": 2, "loss/critic": 1.0}, {"cycle": 3, "loss/dmd": "nan"})
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    series = read_series(tmp_path / "m.jsonl", "loss/dmd", "baseline")
+def test_a_curve_takes_the_strings_for_non_finite() -> None:
+    records = [{"cycle": 1, "loss/dmd": 0.5}, {"cycle": 2, "loss/critic": 1.0}, {"cycle": 3, "loss/dmd": "nan"}]
+    series = series_of(records, "loss/dmd", "baseline")
     assert series.x == [1.0, 3.0] and series.y[0] == 0.5 and math.isnan(series.y[1])
 
 

@@ -177,7 +177,10 @@ def test_alarms_that_are_up(run: Run) -> None:
     run.start().event(1, "alarm", name="a", up=True, text="old").event(2, "begun", stage="teacher", cycles=20, cycle=0)
     run.event(3, "alarm", name="a", up=True, text="A").event(4, "alarm", name="b", up=True, text="B")
     run.event(5, "alarm", name="a", up=False, text="A no more").alive(6)
-    assert run.status(7).alarms == ("B",)
+    run.event(6, "alarm", name="slow rank 3 in forward", up=True, text="n1:3 is slow")
+    assert run.status(7).alarms == ("B", "n1:3 is slow")
+    run.start(10).event(11, "begun", stage="teacher", cycles=20, cycle=2).alive(12)
+    assert run.status(12).alarms == ("B",), "a resumed stage does not say it again, and may run on other hosts"
     assert run.screen(7)["alarm"] == "B"
 
 
