@@ -14,17 +14,12 @@ import pytest
 import torch.distributed as dist
 
 from mirai_dist.cycle import phases
-from mirai_dist.cycle.cycle import Loop, Stopped
-from mirai_dist.cycle.desk import Desk
-from mirai_dist.cycle.gallery import Gallery
-from mirai_dist.cycle.saver import Saver
+from mirai_dist.cycle.cycle import Stopped
 from mirai_dist.cycle.stages import DmdStage, Stage
-from mirai_dist.cycle.watch import Watch
 from mirai_dist.observe.sinks import Sinks
-from mirai_dist.observe.slow import WINDOW, SlowRanks
+from mirai_dist.observe.slow import WINDOW
 from mirai_dist.operate import control, events
 from mirai_dist.operate.control import Request
-from mirai_dist.operate.events import Events
 from mirai_dist.runtime.signals import StopRequest
 from mirai_dist.state import commit
 from tests.procs import tiny
@@ -46,12 +41,8 @@ def run(folder: Path, hook: Hook, *overrides: str, name: str = TITLE) -> list[Ra
 
     def body(rank: int) -> Ran:
         stage = tiny.stage_of(recipe, name)
-        console, stop = tiny.console(folder), StopRequest(folder / "STOP" if rank == 0 else None)
-        told = Events(folder if rank == 0 else None)
-        saver = Saver(folder / "checkpoints", recipe.checkpoint, "recipe", rank, console, told, name)
-        sinks = Sinks.of_stage(rank, folder)
-        desk = Desk(folder, rank, RANKS, stop, name)
-        watch = Watch(console, sinks, desk, SlowRanks(("a", "b")), told)
+        stop = StopRequest(folder / "STOP" if rank == 0 else None)
+        loop = tiny.loop_of(stage, folder, Sinks.of_stage(rank, folder), stop, hosts=("a", "b"))
         step = stage.step
 
         def stepped() -> None:
@@ -60,7 +51,7 @@ def run(folder: Path, hook: Hook, *overrides: str, name: str = TITLE) -> list[Ra
 
         stage.step = stepped
         try:
-            Loop(saver, watch, Gallery(folder, sinks), desk).run(stage, name)
+            loop.run(stage, name)
         except Stopped as error:
             return Ran(stopped=str(error), cycle=stage.cycle, position=stage.position)
         return Ran(stopped="", cycle=stage.cycle, position=stage.position)
