@@ -40,6 +40,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
     from mirai_dist.config.steps import REPORT, chosen
+    from mirai_dist.cycle.attending import check_attention
     from mirai_dist.cycle.chain import run_chain
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
@@ -57,6 +58,8 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         files.check(variant.recipe, variant.origins)
         check_layout(variant.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
+    for variant in (*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)):
+        check_attention(variant.recipe, ranks.device)
     used = dump(effective(resolved, ranks.world_size, ranks.device.type))
     claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
     outlet = Outlet(options.run_dir, ranks.rank).redirect()

@@ -172,7 +172,12 @@ def _shrunken(recipe: Recipe, scale: Scale) -> Recipe:
             optimizer=_optimizer(recipe.foresight.optimizer),
         ),
         stages={name: _stage(stage, scale) for name, stage in recipe.stages.items()},
-        parallel=replace(recipe.parallel, replicas=min(recipe.parallel.replicas, RANKS)),
+        parallel=replace(
+            recipe.parallel,
+            replicas=min(recipe.parallel.replicas, RANKS),
+            attention="auto",  # what was named may need a GPU
+            segment_attention="auto",
+        ),
         checkpoint=replace(recipe.checkpoint, every_cycles=1),
         study=replace(recipe.study, seeds=recipe.study.seeds[:1]),
         evaluate=_evaluate(recipe.evaluate),
@@ -256,6 +261,7 @@ def _stage(stage: schema.Stage, scale: Scale) -> schema.Stage:
         # weights that were trained for two cycles, or not at all, are measured and let pass
         gate=replace(stage.gate, clips=min(stage.gate.clips, 2), failing=1.0) if stage.gate.clips else stage.gate,
         optimizer=_optimizer(stage.optimizer),
+        foresight=replace(stage.foresight, optimizer=_optimizer(stage.foresight.optimizer)),
         ema=replace(stage.ema, start_update=min(stage.ema.start_update, 1)),
     )
 

@@ -61,7 +61,7 @@ def conflicts(old: Recipe, new: Recipe) -> list[str]:
     """The lines of `diff` that keep a run of `old` from going on as `new`; empty: `new` only extends it.
 
     A run may be extended by more cycles of a last stage (where no schedule stretches over them), more arms and
-    seeds, other gates, checkpoint, alarm and report settings, another layout of the same arithmetic, and another name.
+    seeds, other gates, checkpoint, alarm and report settings, another layout of the same arithmetic, another name.
     """
     return [line for line in diff(old, new) if not _extends(line.partition(":")[0], old, new)]
 
@@ -93,7 +93,7 @@ def _lengthens(name: str, old: Recipe, new: Recipe) -> bool:
 
 def _schedules(stage: Stage, recipe: Recipe) -> list[Any]:
     extra = [recipe.dmd.critic_optimizer, recipe.foresight.optimizer] if stage.kind == "dmd" else []
-    return [stage.optimizer, *extra]
+    return [stage.optimizer, *extra, *([stage.foresight.optimizer] if stage.foresight.weight else [])]
 
 
 def _canonical(key: keys.Key, value: Any) -> Any:

@@ -46,7 +46,10 @@ def check(recipe: Recipe, origins: Mapping[str, str], shown: str = "recipe") -> 
             raise RecipeError(_place(problem.keys, origins, shown), f"{problem.what} [{name}]")
     for key, origin in origins.items():
         kind = _ONLY_WITH.get(key.split(".")[0])
-        if origin == "command line" and kind and all(stage.kind != kind for stage in recipe.stages.values()):
+        read = any(stage.kind == kind for stage in recipe.stages.values())
+        if key in _OF_ALL_FORESIGHT:
+            read |= any(stage.foresight.weight for stage in recipe.stages.values())
+        if origin == "command line" and kind and not read:
             raise RecipeError(origin, f"{key} has no effect: no stage is of kind {kind}; remove it [no-effect]")
 
 
@@ -60,6 +63,8 @@ _ONLY_WITH = {
     "consistency": "consistency",
     "ode": "ode",
 }
+# What the foresight of a few-step start reads too.
+_OF_ALL_FORESIGHT = {f"foresight.{name}" for name in ("preset", "offsets", "depth", "predictor_blocks")}
 
 
 def _place(keys: tuple[str, ...], origins: Mapping[str, str], shown: str) -> str:
@@ -142,6 +147,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "depth": _FRACTION,
         "predictor_blocks": _COUNT,
     },
+    schema.StageForesight: {"weight": _NOT_NEGATIVE},
     schema.Consistency: {"points": Range(low=2), "guidance": _NOT_NEGATIVE},
     schema.Ode: {"points": _COUNT, "guidance": _NOT_NEGATIVE, "shard_size": _COUNT},
     schema.Gate: {"clips": _NOT_NEGATIVE, "failing": Range(high=1)},
@@ -289,7 +295,8 @@ def _dmd_roles(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         kind = f"stages.{name}.kind"
         for role in ("teacher", "critic"):
-            if stage.kind != "dmd" and getattr(stage, role):
+            reads_it = stage.kind == "dmd" or (role == "teacher" and stage.kind in _FEW_STEP)
+            if not reads_it and getattr(stage, role):
                 what = f"stages.{name}.{role} has no effect in a stage of kind {stage.kind}; remove it"
                 yield Problem((f"stages.{name}.{role}", kind), what)
         if stage.kind == "dmd":
@@ -298,6 +305,24 @@ def _dmd_roles(recipe: Recipe) -> Iterator[Problem]:
                     what = f"stages.{name}.{role} is missing: a stage of kind dmd needs it"
                     what = f"{what}; name an earlier stage or an entry of weights"
                     yield Problem((f"stages.{name}.{role}", kind), what)
+
+
+@rule("few-step-foresight")
+def _few_step_foresight(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        key, kind = f"stages.{name}.foresight", f"stages.{name}.kind"
+        if stage.kind not in _FEW_STEP:
+            if stage.foresight != schema.StageForesight():
+                what = f"{key} has no effect in a stage of kind {stage.kind}; remove it"
+                what += " (foresight of dmd is the section foresight)" if stage.kind == "dmd" else ""
+                yield Problem((*(f"{key}.{each.name}" for each in fields(schema.StageForesight)), kind), what)
+        elif stage.foresight.weight and not stage.teacher:
+            what = f"stages.{name}.teacher is missing: with {key}.weight above 0 it is the foresight encoder"
+            what += "; name the bidirectional one"
+            yield Problem((f"{key}.weight", kind), what)
+        elif stage.teacher and not stage.foresight.weight:
+            what = f"stages.{name}.teacher has no effect: it is the foresight encoder, and {key}.weight is 0"
+            yield Problem((f"{key}.weight", f"stages.{name}.teacher"), f"{what}; remove it or raise the weight")
 
 
 @rule("context-noise")
@@ -402,7 +427,7 @@ def _kind_of(recipe: Recipe, source: str) -> str:
 def _source_shape(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         for role, own in (("parent", _trains(stage)), ("teacher", "teacher"), ("critic", "critic")):
-            source = getattr(stage, role) or (stage.teacher if role == "critic" else "")
+            source = getattr(stage, role) or (stage.teacher if role == "critic" and stage.kind == "dmd" else "")
             if source in recipe.stages:
                 other = _trains(recipe.stages[source])
             elif role == "critic" and source and not stage.critic:
@@ -640,12 +665,14 @@ def _offsets(recipe: Recipe) -> Iterator[Problem]:
 
 @rule("shuffled-targets")
 def _shuffled_targets(recipe: Recipe) -> Iterator[Problem]:
-    for name, stage in _of_kind(recipe, "dmd"):
+    for name, stage in recipe.stages.items():
+        section = "foresight" if stage.kind == "dmd" else f"stages.{name}.foresight"
+        settings = recipe.foresight if stage.kind == "dmd" else stage.foresight
         # The partner is the next sample of the same micro-batch: alone in one, a sample would keep its own target.
-        if recipe.foresight.targets == "shuffled" and stage.batch.micro_size < 2:
+        if settings.targets == "shuffled" and stage.batch.micro_size < 2:
             key = f"stages.{name}.batch.micro_size"
-            what = f"foresight.targets shuffled takes the target from another sample run at once; raise {key} above 1"
-            yield Problem(("foresight.targets", key), what)
+            what = f"{section}.targets shuffled takes the target from another sample run at once; raise {key} above 1"
+            yield Problem((f"{section}.targets", key), what)
 
 
 @rule("saturation-limit")
@@ -654,6 +681,20 @@ def _saturation_limit(recipe: Recipe) -> Iterator[Problem]:
     if 0 < limit <= 1:
         what = f"alarms.saturation {limit:g} would be up always: the spread may leave [1 / limit, limit] of its start"
         yield Problem(("alarms.saturation",), f"{what}; use more than 1, such as 1.5, or 0 to turn it off")
+
+
+# --- attention -----------------------------------------------------------------------------------------------
+
+_HALF_ONLY = ("cudnn", "flash")  # has no kernels for float32; other backends depend on the device: the run asks them
+
+
+@rule("half-attention")
+def _half_attention(recipe: Recipe) -> Iterator[Problem]:
+    parallel = recipe.parallel
+    if parallel.attention in _HALF_ONLY and parallel.compute_dtype != "bfloat16":
+        what = f"parallel.attention {parallel.attention} computes in bfloat16, and parallel.compute_dtype is"
+        what = f"{what} {parallel.compute_dtype}; use attention auto or sdpa, or compute_dtype bfloat16"
+        yield Problem(("parallel.attention", "parallel.compute_dtype"), what)
 
 
 # --- the study -----------------------------------------------------------------------------------------------
@@ -750,6 +791,7 @@ def _of_kind(recipe: Recipe, kind: str) -> list[tuple[str, Stage]]:
 
 
 _ROLES = ("parent", "teacher", "critic")
+_FEW_STEP = ("consistency", "ode")  # kinds of stage that distil a few-step start
 
 
 def _trains(stage: Stage) -> str:
@@ -766,6 +808,8 @@ def _optimizers(recipe: Recipe) -> Iterable[tuple[str, Optimizer, int]]:
     """Every optimizer with the updates its network gets in its stage."""
     for name, stage in recipe.stages.items():
         yield f"stages.{name}.optimizer", stage.optimizer, stage.cycles
+        if stage.foresight.weight:
+            yield f"stages.{name}.foresight.optimizer", stage.foresight.optimizer, stage.cycles
         if stage.kind == "dmd":
             critic = stage.cycles * recipe.dmd.critic_updates
             yield "dmd.critic_optimizer", recipe.dmd.critic_optimizer, critic

@@ -184,10 +184,11 @@ class Dmd:
 
 @dataclass(frozen=True, kw_only=True)
 class Foresight:
-    """Foresight distillation (Video-Mirai section 3)."""
+    """Foresight distillation (Video-Mirai section 3) of the dmd stage. What the two few-step starts may have is their
+    own section (StageForesight), but for preset, offsets, depth and predictor_blocks, which they take from here."""
 
-    weight: float = key(0.2, help="lambda; 0 is bit-identical to no foresight")
-    start_cycle: int = key(0, help="first cycle with foresight; before it the run is the baseline's")
+    weight: float = key(0.2, help="lambda of the dmd stage; 0 is bit-identical to no foresight")
+    start_cycle: int = key(0, help="first cycle of the dmd stage with foresight; before it the run is the baseline's")
     preset: str = key(
         "paper",
         help="paper: depth counts executed blocks, fp32 fusion, plain predictor, replay after "
@@ -228,6 +229,31 @@ class Ode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageForesight:
+    """Foresight while a few-step start is distilled (kinds ode and consistency): the target is the ground-truth future
+    (Video-Mirai D.4). The encoder is the stage's teacher."""
+
+    weight: float = key(0.0, help="lambda of this stage; 0 is bit-identical to no foresight")
+    fusion: str = key(
+        "frames",
+        help="none: a target an offset; frames: a target an offset, averaged over a segment's frames (the paper's best "
+        "here); offsets: one target, averaged over offsets as in dmd",
+        choices=("none", "frames", "offsets"),
+    )
+    encoder_attention: str = key(
+        "bidirectional",
+        help="what the encoder may see; causal is the control without future",
+        choices=("bidirectional", "causal"),
+    )
+    targets: str = key(
+        "truth",
+        help="shuffled pairs each state with another sample's target: a control",
+        choices=("truth", "shuffled"),
+    )
+    optimizer: Optimizer = key(lambda: Optimizer(lr=2e-6), help="AdamW of this stage's predictor")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """Whether a stage's start is fit to be trained further; judged before the stage begins (evaluate/gate.py).
 
@@ -255,7 +281,9 @@ class Stage:
         "", help="earlier stage, or entry of weights, that the trained network starts from; empty: random weights"
     )
     teacher: str = key(
-        "", help="stage or weights of the real score and foresight encoder, and of the critic's start (kind dmd)"
+        "",
+        help="stage or weights of the real score and foresight encoder, and of the critic's start (kind dmd); of the "
+        "encoder alone (kinds ode and consistency with foresight)",
     )
     critic: str = key("", help="stage or weights that the critic starts from instead of the teacher's (kind dmd)")
     gate: Gate = key(Gate, help="what the parent must be fit for before the stage begins")
@@ -265,6 +293,7 @@ class Stage:
     ema: Ema = key(Ema, help="moving average of the trained network; kind consistency: its target")
     prompt_dropout: float = key(0.0, help="fraction of samples trained on the empty prompt, which guidance needs")
     trajectories: int = key(0, help="trajectories that an ode stage makes of its parent first; 0: data.ode_pairs")
+    foresight: StageForesight = key(StageForesight, help="foresight of a few-step start (kinds ode and consistency)")
     context_noise: float = key(
         0.0, help="highest unshifted timestep, of 1000, that teacher forcing noises the past to; 0 keeps it clean"
     )
@@ -275,7 +304,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How networks are sharded; read by plan.shards, which planner and run share."""
+    """How networks are sharded, read by plan.shards, which planner and run share; and what computes attention."""
 
     replicas: int = key(1, help="HSDP replicas; ranks / replicas shard each network")
     compute_dtype: str = key(
@@ -290,6 +319,18 @@ class Parallel:
     )
     sync_every_micro_batch: bool = key(
         False, help="reduce gradients after each micro-batch (less memory) or the last one only"
+    )
+    attention: str = key(
+        "auto",
+        help="what computes dense attention; auto: the fastest that is found exact on this machine; sdpa: torch's own "
+        "choice, cudnn and sdpa-...: one of torch's kernels; flash: the newest FlashAttention package",
+        choices=("auto", "sdpa", "cudnn", "sdpa-flash", "sdpa-efficient", "flash", "xformers"),
+    )
+    segment_attention: str = key(
+        "auto",
+        help="what computes attention over segments, in teachers that train in one pass; dense: calls of "
+        "parallel.attention, segment by segment; flex: FlexAttention, one call",
+        choices=("auto", "dense", "flex"),
     )
 
 

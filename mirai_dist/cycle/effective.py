@@ -11,6 +11,7 @@ import torch
 from mirai_dist.config import Resolved, schema
 from mirai_dist.config.gates import bounds_of, has_reference
 from mirai_dist.config.rules import accumulation
+from mirai_dist.cycle.attending import attention_of
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.observe.alarms import dmd_alarms, silence
@@ -44,7 +45,7 @@ def _effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]
         "device": device,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "attention": "torch scaled_dot_product_attention",
+        "attention": attention_of(recipe, torch.device(device)).told(),
         "prompts": recipe.data.prompts or "captions of the procedural world",
         "text": f"{recipe.text.encoder} {recipe.text.path}".strip(),
         "starts": _starts(recipe),
@@ -55,6 +56,7 @@ def _effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]
         "foresight": {
             "generator blocks": captured_blocks(recipe.generator.blocks, depth, arithmetic),
             "encoder blocks": captured_blocks(recipe.teacher.blocks, depth, arithmetic),
+            "weights": _foresight_weights(recipe),
         },
         "accumulation": {name: accumulation(stage.batch, ranks) for name, stage in recipe.stages.items()},
         "alarms": {name: _alarms(recipe, stage.cycles) for name, stage in recipe.stages.items() if stage.kind == "dmd"},
@@ -81,6 +83,15 @@ def _starts(recipe: schema.Recipe) -> dict[str, str]:
                 place = f"{weights.path} ({weights.which})" if weights else f"stage {source}"
                 found[f"{name} {role}"] = place
     return found
+
+
+def _foresight_weights(recipe: schema.Recipe) -> dict[str, float]:
+    """Stages that have foresight."""
+    weights = {
+        name: recipe.foresight.weight if stage.kind == "dmd" else stage.foresight.weight
+        for name, stage in recipe.stages.items()
+    }
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def _gates(resolved: Resolved) -> dict[str, str]:

@@ -29,6 +29,7 @@ from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.replay import ReplayCache
 from mirai_dist.method.rollout import kept_frames
+from mirai_dist.method.stage_two_foresight import outputs_of_predictor
 from mirai_dist.models.vae import Vae
 from mirai_dist.models.wan import KVCache
 from mirai_dist.observe.alarms import Alarms, Change, dmd_alarms
@@ -235,24 +236,49 @@ class FlowStage(Stage):
         phases.flow_update(self, Moment(self.cycle, self.position))
 
 
-class ConsistencyStage(Stage):
-    """Causal consistency distillation of the AR teacher into the few-step start of the generator.
+class FewStepStage(Stage):
+    """Distillation of the AR teacher into the few-step start of the generator, with foresight or without.
+
+    With foresight there are two roles more: the encoder, and a predictor that is trained and saved beside the generator
+    and then left behind: later stages and exports take the generator alone.
+    """
+
+    def __init__(self, name: str, run: Run, starts: Starts) -> None:
+        super().__init__(name, run, starts)
+        recipe, settings, self.builder = self.recipe, self.stage.foresight, Builder(self.recipe, run.engine, run.draws)
+        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
+        self.trained = self.builder.wan("generator", recipe.generator, training, self.fill("parent"))
+        self.encoder: Role | None = None
+        self.predictor: Role | None = None
+        self.arithmetic, depth = PRESETS[recipe.foresight.preset], recipe.foresight.depth
+        self.encoder_blocks = captured_blocks(recipe.teacher.blocks, depth, self.arithmetic)
+        self.generator_blocks = 0
+        if settings.weight > 0:
+            self.generator_blocks = captured_blocks(recipe.generator.blocks, depth, self.arithmetic)
+            self.encoder = self.builder.wan("encoder", recipe.teacher, None, self.fill("teacher"))
+            self.predictor = self.builder.predictor(
+                self.arithmetic.gated_predictor,
+                self.arithmetic.bf16_predictor,
+                Training(settings.optimizer, self.stage.cycles),
+                outputs_of_predictor(settings.fusion, recipe.foresight.offsets),
+            )
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {"generator": self.trained} | ({"predictor": self.predictor} if self.predictor else {})
+
+
+class ConsistencyStage(FewStepStage):
+    """Causal consistency distillation of the AR teacher.
 
     The target network's weights are the student's moving average, so the checkpoint holds them once.
     """
 
     def __init__(self, name: str, run: Run, starts: Starts) -> None:
         super().__init__(name, run, starts)
-        builder = Builder(self.recipe, run.engine, run.draws)
-        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
-        self.trained = builder.wan("generator", self.recipe.generator, training, self.fill("parent"))
-        self.teacher = builder.wan("ar_teacher", self.recipe.generator, None, self.fill("parent"))
-        self.target = builder.wan("target", self.recipe.generator, None)
+        self.teacher = self.builder.wan("ar_teacher", self.recipe.generator, None, self.fill("parent"))
+        self.target = self.builder.wan("target", self.recipe.generator, None)
         self.refresh_target()
-
-    @property
-    def roles(self) -> dict[str, Role]:
-        return {"generator": self.trained}
 
     def step(self) -> None:
         phases.consistency_update(self, Moment(self.cycle, self.position))
@@ -267,14 +293,11 @@ class ConsistencyStage(Stage):
         self.refresh_target()
 
 
-class OdeStage(Stage):
-    """Causal ODE distillation of the AR teacher, from its trajectories, into the few-step start of the generator."""
+class OdeStage(FewStepStage):
+    """Causal ODE distillation of the AR teacher, from its trajectories."""
 
     def __init__(self, name: str, run: Run, starts: Starts) -> None:
         super().__init__(name, run, starts)
-        builder = Builder(self.recipe, run.engine, run.draws)
-        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
-        self.trained = builder.wan("generator", self.recipe.generator, training, self.fill("parent"))
         assert run.pairs is not None
         self.pairs = run.pairs
         self._refuse_other_steps()
@@ -289,10 +312,6 @@ class OdeStage(Stage):
             what += "" if self.pairs.truth else " and no ground truth, which is the context of causal ODE distillation"
             wish = f"rollout.steps at flow.shift are {[round(t, 1) for t in wanted]}"
             raise FileError(self.pairs.path, f"{what}; {wish}: change those, or make other trajectories")
-
-    @property
-    def roles(self) -> dict[str, Role]:
-        return {"generator": self.trained}
 
     def step(self) -> None:
         phases.ode_update(self, Moment(self.cycle, self.position))

@@ -20,7 +20,7 @@ from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.ode import Integration, sample
 from mirai_dist.method.rollout import RolloutInputs, rollout
 from mirai_dist.method.sampling import euler_sample
-from mirai_dist.models.wan import Capture
+from mirai_dist.models.wan import Capture, Clean
 from mirai_dist.state.cursor import Cursor
 
 T = TypeVar("T")
@@ -147,7 +147,7 @@ class Studio:
             add_noise(clean, noise, at),
             at,
             self.text(clips),
-            clean=clean,
+            clean=Clean(clean),
             segment_frames=segment,
             capture=Capture(depth, stop=True),
         )

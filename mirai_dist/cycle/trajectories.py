@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from mirai_dist.config import schema
+from mirai_dist.cycle.attending import backends_of
 from mirai_dist.cycle.encoders import clips_of, conditions_of
 from mirai_dist.cycle.roles import causal, kv_cache, wan_shape
-from mirai_dist.cycle.starts import Started, fill, starts_of
+from mirai_dist.cycle.starts import Started, fill, source_of
 from mirai_dist.data.arrays import Part
 from mirai_dist.data.latents import ODE, Entry, Plan, StoreWriter
 from mirai_dist.method.dmd import Conditioning
@@ -132,10 +133,11 @@ def _say(making: Making, plan: Plan, missing: int, console: Console) -> None:
 def _teacher(making: Making, device: torch.device) -> tuple[nn.Module, Started]:
     """The whole AR teacher, in the compute dtype, on this device."""
     recipe = making.recipe
-    source = starts_of(recipe, making.stage, making.run_dir).parent
+    source = source_of(recipe, making.stage, making.settings.parent, making.run_dir)
     assert source is not None  # a rule wants the parent of an ode stage
+    backends = backends_of(recipe, device, trained=False)
     with torch.device("meta"):
-        network = WanModel(wan_shape(recipe.generator, recipe))
+        network = WanModel(wan_shape(recipe.generator, recipe), backends)
     network = network.to(getattr(torch, recipe.parallel.compute_dtype)).to_empty(device=device).requires_grad_(False)
     return network, fill(network, source, "ode", "parent")
 

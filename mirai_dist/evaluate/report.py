@@ -755,6 +755,25 @@ def _claim_table(probe: ProbeResult) -> str:
     return _table(head, rows)
 
 
+def _alarm_section(report: Report) -> str:
+    if not report.alarms:
+        return ""
+    rows = ""
+    for each in report.alarms:
+        if each.silence:
+            pill, words, said = "undecided", "not watched", [each.silence]
+        else:
+            pill, words = ("worse", f"{each.raised} raised") if each.raised else ("better", "none was raised")
+            said = [change.sentence for change in each.changes]
+        text = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+        rows += f'<li><span class="pill {pill}">{words}</span><span>{escape(each.run)}</span><div>{text}</div></li>'
+    lead = (
+        "After a warm-up, the mean of the last cycles of each measure is compared with the limits of the recipe. An "
+        "alarm rises once, and clears when that mean has stayed inside for as many cycles."
+    )
+    return _section("alarms", "Alarms", lead, f'<ul class="findings">{rows}</ul>')
+
+
 def _gate_section(report: Report) -> str:
     if not report.gates:
         return ""
@@ -779,25 +798,6 @@ def _gate_rows(gate: GateResult) -> str:
         rows += f'<tr><th scope="row">{escape(row.measure.replace("_", " "))}</th>'
         rows += "".join(f"<td>{cell}</td>" for cell in cells) + f"<td>at most {gate.failing:.0%}</td></tr>"
     return rows
-
-
-def _alarm_section(report: Report) -> str:
-    if not report.alarms:
-        return ""
-    rows = ""
-    for each in report.alarms:
-        if each.silence:
-            pill, words, said = "undecided", "not watched", [each.silence]
-        else:
-            pill, words = ("worse", f"{each.raised} raised") if each.raised else ("better", "none was raised")
-            said = [change.sentence for change in each.changes]
-        text = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
-        rows += f'<li><span class="pill {pill}">{words}</span><span>{escape(each.run)}</span><div>{text}</div></li>'
-    lead = (
-        "After a warm-up, the mean of the last cycles of each measure is compared with the limits of the recipe. An "
-        "alarm rises once, and clears when that mean has stayed inside for as many cycles."
-    )
-    return _section("alarms", "Alarms", lead, f'<ul class="findings">{rows}</ul>')
 
 
 def _curve_section(report: Report, palette: Palette) -> str:

@@ -131,6 +131,9 @@ def check_job(recipe: Recipe, name: str, job: Path) -> None:
     assert [(row["cycle"], row["phase"]) for row in rows] == [(c, phase) for c in range(2) for phase in updates]
     if stage.kind == "dmd":
         check_foresight(recipe, rows)
+    else:
+        for row in rows:
+            assert FORESIGHT & row.keys() == (FORESIGHT if stage.foresight.weight else set()), row
     final = newest(job)
     role = "teacher" if stage.kind == "bidirectional" else "generator"
     network = getattr(recipe, role)

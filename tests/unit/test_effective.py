@@ -71,9 +71,27 @@ def test_alarms_say_what_they_watch_or_why_they_cannot() -> None:
 
 
 def test_foresight_blocks_follow_preset_and_depth() -> None:
-    assert used()["foresight"] == {"generator blocks": 1, "encoder blocks": 1}
-    assert used("foresight.preset=release")["foresight"] == {"generator blocks": 2, "encoder blocks": 2}
-    assert used("teacher.blocks=4")["foresight"] == {"generator blocks": 1, "encoder blocks": 2}
+    def blocks(*overrides: str) -> tuple[int, int]:
+        found = used(*overrides)["foresight"]
+        return found["generator blocks"], found["encoder blocks"]
+
+    assert blocks() == (1, 1)
+    assert blocks("foresight.preset=release") == (2, 2)
+    assert blocks("teacher.blocks=4") == (1, 2)
+
+
+def test_stages_with_foresight_are_named() -> None:
+    few_step = ("stages.few_step.teacher=teacher", "stages.few_step.foresight.weight=0.5")
+    assert used()["foresight"]["weights"] == {"distil": 0.2}
+    assert used(*few_step)["foresight"]["weights"] == {"few_step": 0.5, "distil": 0.2}
+    assert used(*few_step, "foresight.weight=0")["foresight"]["weights"] == {"few_step": 0.5}
+
+
+def test_attention_is_told_with_who_was_refused() -> None:
+    refused = {"flash-2, xformers": "needs a CUDA device"}
+    assert used()["attention"] == {"dense": "sdpa", "segments": "dense calls, segment by segment", "refused": refused}
+    with pytest.raises(RecipeError, match=r"^parallel.attention: sdpa-efficient cannot be used here"):
+        used("parallel.attention=sdpa-efficient")
 
 
 def test_versions_are_those_that_run() -> None:

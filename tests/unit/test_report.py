@@ -25,6 +25,7 @@ from mirai_dist.evaluate.report import (
     Report,
     RunAlarms,
     StageCurves,
+    StageStep,
     Timing,
     VideoRow,
     VideoTable,
@@ -33,6 +34,7 @@ from mirai_dist.evaluate.report import (
     summary,
     write,
 )
+from mirai_dist.evaluate.statistics import paired
 from mirai_dist.evaluate.video_files import write_mp4
 
 ORDER = ["ground truth", "teacher", "few-step start", "baseline", "foresight", "causal encoder", "shuffled targets",
@@ -50,6 +52,16 @@ def quality(rng: np.random.Generator) -> list[QualityRow]:
         values = base | {"foresight": (np.array(base["baseline"]) + gain + noise).tolist()}
         rows.append(QualityRow.measured(metric, values, pair, "fraction", higher, "of 64 videos"))
     return rows
+
+
+def steps() -> list[StageStep]:
+    """A teacher, a start that is worse, and an arm that is better than the start."""
+    worse, better = paired([-0.1, -0.12, -0.09]), paired([0.05, 0.06, 0.05])
+    return [
+        StageStep("teacher", "bidirectional", "", 0, 600, 54.0, 0.35, None),
+        StageStep("few <step>", "ode", "teacher", 1, 100, 20.0, 0.25, worse),
+        StageStep("foresight", "dmd", "few <step>", 3, 12, 14.0, 0.30, better),
+    ]
 
 
 def probe(rng: np.random.Generator, history: bool = True) -> ProbeResult:
@@ -130,8 +142,8 @@ def example(directory: Path, history: bool = True) -> Report:
     return Report(
         "tiny/video_mirai", "2026-11-20 14:02", "foresight", "baseline", ORDER, [1, 2, 3], provenance,
         quality=quality(rng), probe=probe(rng, history), videos=videos(directory), curves=curves(rng), timing=timing,
-        recipe_yaml="name: tiny\nnote: <script>alert(1)</script>\n", effective_yaml="mesh: [2]\n",
-        notes=["Videos of a procedural world; see the README."], gates=gates(), alarms=ALARMS,
+        alarms=ALARMS, recipe_yaml="name: tiny\nnote: <script>alert(1)</script>\n", effective_yaml="mesh: [2]\n",
+        notes=["Videos of a procedural world; see the README."], gates=gates(), steps=steps(),
     )  # fmt: skip
 
 
@@ -369,3 +381,12 @@ def test_a_name_keeps_its_colour_on_the_whole_page() -> None:
     palette = Palette(["a", "b"])
     assert palette.colour("b") == "var(--series-1)" == palette.colour("b")
     assert palette.colour("new") == "var(--series-2)" and palette.legend(["a"]) == ""
+
+
+def test_what_each_stage_buys_is_said_with_its_interval(tmp_path: Path) -> None:
+    page = write(tmp_path, example(tmp_path)).read_text()
+    section = page[page.index('<section id="steps">') : page.index('<section id="quality">')]
+    assert "few &lt;step&gt; − teacher" in section and "foresight − few &lt;step&gt;" in section
+    rows = re.findall(r"<tr>(.*?)</tr>", section, re.S)[1:]
+    assert ["not compared" in rows[0], "worse" in rows[1], "better" in rows[2]] == [True] * 3
+    assert "whole clip" in rows[0] and "1 frame<" in rows[1] and "3 frames<" in rows[2]

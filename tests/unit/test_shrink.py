@@ -100,6 +100,12 @@ def test_a_twin_is_small() -> None:
         assert tiny.checkpoint.every_cycles == 1
 
 
+def test_a_twin_runs_where_the_recipe_s_attention_may_not() -> None:
+    recipe, tiny = small(CHUNKWISE, "parallel.attention=cudnn", "parallel.segment_attention=flex")
+    assert (recipe.parallel.attention, recipe.parallel.segment_attention) == ("cudnn", "flex")
+    assert (tiny.parallel.attention, tiny.parallel.segment_attention) == ("auto", "auto")
+
+
 def test_what_begins_late_begins_between_the_two_cycles() -> None:
     _, tiny = small(FRAMEWISE)
     assert tiny.foresight.start_cycle == 1 and tiny.stages["distil"].ema.start_update == 1
