@@ -12,7 +12,7 @@ from tests.slurm.test_jobs import ENDLESS, unequal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 OFTEN = "checkpoint.every_cycles=5"
-TRAINED = 150.0  # seconds: longer than the first time limit
+TRAINED = 100.0  # seconds: longer than the first time limit
 
 
 def resumed(run: Submitted, seconds: float = 180) -> Job:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mirai_dist.config import RecipeError
-from mirai_dist.config.cluster import load_cluster
+from mirai_dist.config import RecipeError, keys
+from mirai_dist.config.cluster import CLUSTER, load_cluster
+from mirai_dist.config.source import dump
+from mirai_launch.slurm.submission import Wish, prepare, scripts
 
+TINY = Path(__file__).parents[1] / "procs" / "tiny.yaml"
+STAGES = ("teacher", "ar_teacher", "few_step", "distil")
 SAMPLES = sorted((Path(__file__).parents[2] / "recipes/clusters").glob("*.yaml"))
 LEAST = "name: x\ngpus: {per_node: 8}\ntime: '60'\n"
 
@@ -93,3 +98,42 @@ def test_an_empty_or_missing_file(write) -> None:
         load_cluster(write(""))
     with pytest.raises(RecipeError, match="no cluster file nowhere.yaml"):
         load_cluster("nowhere.yaml")
+
+
+CHANGED = {
+    "name": "y", "partition": "p", "account": "a", "qos": "q", "constraint": "c", "reservation": "r", "exclude": ["n1"],
+    "exclusive": False, "gpus.per_node": 4, "gpus.form": "gres", "gpus.type": "h100", "cpu_ranks": 2, "cpus": 16,
+    "memory": "9G", "time": "90", "warning": 301, "requeues": 4, "launch": "task", "python": "python3.12",
+    "launcher_python": "/p", "modules": ["m"], "scratch": "/s", "container.kind": "apptainer", "container.image": "j",
+    "container.mounts": ["/m"], "environment.A.value": "w", "environment.A.reason": "q", "meeting": 60,
+    "sbatch": ["--x"], "srun": ["--y"],
+}  # fmt: skip
+
+
+def test_every_key_of_the_schema_changes_the_script(tmp_path: Path) -> None:
+    """A key that nothing reads would be a promise that nobody keeps."""
+    every = {key.dotted.replace("<name>", "A") for key in keys.every_leaf(CLUSTER.root)}
+    assert set(CHANGED) == every
+    for dotted, value in CHANGED.items():
+        gpus = 0 if dotted == "cpu_ranks" else 2
+        tree: dict = {
+            "name": "x", "gpus": {"per_node": gpus}, "time": "60", "container": {"kind": "pyxis", "image": "i"},
+            "environment": {"A": {"value": "v", "reason": "r"}},
+        }  # fmt: skip
+        before = script(tmp_path, tree)
+        *above, last = dotted.split(".")
+        section = tree
+        for name in above:
+            section = section[name]
+        section[last] = value
+        assert script(tmp_path, tree) != before, dotted
+
+
+def script(folder: Path, tree: dict) -> str:
+    """What `mirai submit --dry-run` would print for a cluster file."""
+    file = folder / "cluster.yaml"
+    file.write_text(dump(tree))
+    batches = ["parallel.replicas=1", *(f"stages.{name}.batch.global_size=8" for name in STAGES)]
+    wish = Wish(TINY, file, nodes=1, run_dir=folder / "run", overrides=tuple(batches))
+    prepared = replace(prepare(wish), folder="slurm/now")
+    return "".join(scripts(prepared, folder / "code").values())

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -14,31 +16,33 @@ from mirai_dist.config import RecipeError, load
 from mirai_launch.__main__ import main
 from mirai_launch.slurm import ledger, snapshot, submission
 from mirai_launch.slurm.client import Scheduler, SchedulerError
+from mirai_launch.slurm.parse import Job, show_job
 from mirai_launch.slurm.submission import Wish, prepare, submit
+from tests.unit.test_slurm_parse import RUNNING
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/procs/tiny.yaml"
 LOCAL = ROOT / "recipes/clusters/local-test.yaml"
 
 
+@dataclass(frozen=True)
 class Queue(Scheduler):
-    """Takes everything down, and refuses from the `full`-th job on."""
+    """Takes everything down; refuses from the `full`-th job on; knows the jobs in `alive`."""
 
-    def __init__(self, full: int = 100) -> None:
-        super().__init__()
-        object.__setattr__(self, "full", full)
-        object.__setattr__(self, "submitted", [])
-        object.__setattr__(self, "cancelled", [])
+    full: int = 100
+    submitted: list[tuple[Path, list[str]]] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    alive: list[Job] = field(default_factory=list)
 
-    def submit(self, script: Path, options=()) -> str:
+    def submit(self, script: Path, options: Sequence[str] = ()) -> str:
         if len(self.submitted) + 1 >= self.full:
             raise SchedulerError("sbatch", "the queue is full")
         assert script.read_text().startswith("#!/usr/bin/env bash\n")
         self.submitted.append((script, list(options)))
         return str(40 + len(self.submitted))
 
-    def jobs(self, ids=(), user: str = ""):
-        return []
+    def jobs(self, ids: Iterable[str] = (), user: str = "") -> list[Job]:
+        return self.alive
 
     def cancel(self, job: str, signal: str | None = None, batch_only: bool = False) -> None:
         self.cancelled.append(job)
@@ -170,12 +174,9 @@ def test_a_dry_run_needs_neither_slurm_nor_torch_and_writes_nothing(tmp_path: Pa
 
 
 def test_a_second_job_for_a_run_that_is_queued_is_refused(tmp_path: Path) -> None:
-    from mirai_launch.slurm.parse import show_job
-    from tests.unit.test_slurm_parse import RUNNING
-
     queue = Queue()
     submit(prepare(wish(tmp_path)), queue)
-    object.__setattr__(queue, "jobs", lambda ids: show_job(RUNNING))
+    queue.alive.extend(show_job(RUNNING))
     with pytest.raises(RecipeError, match="job 3_1 of this run is running; cancel it"):
         submission.submit(prepare(wish(tmp_path)), queue)
     assert len(queue.submitted) == 1

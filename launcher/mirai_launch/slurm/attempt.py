@@ -181,7 +181,7 @@ def summary(run_dir: Path, job: str, decision: Decision, outcome: str, now: str)
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line; the batch script writes it."""
-    parser = argparse.ArgumentParser(prog="attempt", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="attempt", description="Before and after the step of a batch script.")
     parser.add_argument("moment", choices=("begin", "end"))
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--requeues", type=int, required=True, help="attempts in a row that may leave no checkpoint")

@@ -158,7 +158,7 @@ def _site(cluster: Cluster) -> str:
     if cluster.modules:
         lines += ["module purge", *(f"module load {module}" for module in cluster.modules)]
     if cluster.scratch:
-        lines.append(f'export TMPDIR="{cluster.scratch}"  # on every node; made by the tasks')
+        lines.append(f'site TMPDIR "{cluster.scratch}"  # on every node; made by the tasks')
     for name, variable in cluster.environment.items():
         lines.append(f"site {name} {shlex.quote(variable.value)}  # {variable.reason}")
     return "".join(f"{line}\n" for line in lines)
