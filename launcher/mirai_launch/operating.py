@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,10 +31,20 @@ def look(run_dir: Path) -> tuple[Status, list[str]]:
         jobs = scheduled(run_dir)
     except SchedulerError as error:
         return found, [f"not known: {error}"]
-    waiting = next((job for job in jobs if job.waiting), None)
-    if waiting and found.ended and not any(job.holds_nodes for job in jobs):
-        found = replace(found, state="queued", why=f"after: {found.state}" if found.starts else "", hold="")
-    return found, [_line(job) for job in jobs]
+    return _with_queue(found, jobs), [_line(job) for job in jobs]
+
+
+def _with_queue(found: Status, jobs: Sequence[Job]) -> Status:
+    """What the scheduler knows better than the directory: a job that waits, and one that died without a word."""
+    if any(job.holds_nodes for job in jobs):
+        return found
+    waiting = [job for job in jobs if job.waiting]
+    if waiting and found.state != "running":
+        return replace(found, state="queued", why=f"it was {found.state} before" if found.starts else "")
+    dead = next((job for job in jobs if job.id == found.job_id and job.ended), None)
+    if dead and found.state == "stale":
+        return replace(found, state="failed", why=f"job {dead.id} ended as {dead.state}, and the run said nothing")
+    return found
 
 
 def scheduled(run_dir: Path) -> list[Job]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from mirai_dist.config.digest import to_yaml
 from mirai_dist.operate import control, events, status
 from mirai_dist.operate.control import Request
 from mirai_dist.state import commit
+from mirai_launch import operating
 from mirai_launch.__main__ import OWN, main
+from mirai_launch.slurm import ledger
+from mirai_launch.slurm.parse import Job
 
 ROOT = Path(__file__).parents[2]
 START = 1_000_000.0
@@ -351,3 +355,44 @@ def test_the_operators_verbs_load_nothing_heavy(live: Run) -> None:
     assert done.returncode == 0, done.stderr
     codes = [line for line in done.stdout.splitlines() if line in ("0", "20")]
     assert codes == ["0", "0", "20", "20"]
+
+
+# What the scheduler knows better.
+
+JOB = Job("7", "RUNNING", "", ("n1",), 1, 0, None, None, None, None, 0, 0, "mirai")
+
+
+@pytest.mark.parametrize(
+    ("state", "jobs", "expected"),
+    [
+        ("stopped", ["PENDING"], "queued"),
+        ("not started", ["PENDING"], "queued"),
+        ("stopped", ["COMPLETED", "PENDING"], "queued"),
+        ("done", ["COMPLETED", "RUNNING"], "done"),
+        ("stale", ["RUNNING"], "stale"),
+        ("stale", ["NODE_FAIL"], "failed"),
+        ("running", ["PENDING"], "running"),
+        ("stopped", ["FAILED"], "stopped"),
+        ("failed", [], "failed"),
+    ],
+)
+def test_the_scheduler_knows_what_waits_and_what_died(
+    run: Run, monkeypatch: pytest.MonkeyPatch, state: str, jobs: list[str], expected: str
+) -> None:
+    known = [replace(JOB, id=str(7 + i), state=each) for i, each in enumerate(jobs)]
+    found = replace(run.status(0), state=state, starts=1, job_id="7")
+    monkeypatch.setattr(operating.status, "of", lambda run_dir: found)
+    monkeypatch.setattr(operating, "scheduled", lambda run_dir: known)
+    seen, queue = operating.look(run.folder)
+    assert seen.state == expected and len(queue) == len(jobs)
+    assert status.following(seen) or expected == "done"
+
+
+def test_a_scheduler_that_does_not_answer_is_said_and_hides_nothing(
+    live: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger.append(live.folder, ledger.Submission("7", "all", 0.0, "cluster.yaml", 2, "slurm/all.sbatch"))
+    monkeypatch.setenv("PATH", str(live.folder))
+    assert main(["status", str(live.folder)]) == 0
+    said = capsys.readouterr().out
+    assert "state      running" in said and "job        not known: squeue: is not on the PATH" in said
