@@ -135,9 +135,11 @@ class Alarms:
 
     def _sentence(self, alarm: Alarm, cycle: int, reading: float) -> str:
         limit = f"at least {alarm.low:.3g}" if reading < alarm.low else f"at most {alarm.high:.3g}"
+        window = self._limits.window_cycles
+        span = "the last cycle" if window == 1 else f"the last {window} cycles"
         return (
-            f"alarm {alarm.name} at cycle {cycle}: {alarm.metric} is {reading:.3g}{alarm.unit} over the last "
-            f"{self._limits.window_cycles} cycles, and should be {limit}: {alarm.what}; look at {alarm.look}"
+            f"alarm {alarm.name} at cycle {cycle}: {alarm.metric} is {reading:.3g}{alarm.unit} over {span}, and should "
+            f"be {limit}: {alarm.what}; look at {alarm.look}"
         )
 
     def state(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mirai_dist.attention.select import (
     probe_segments,
     select,
 )
-from mirai_dist.models.wan import WanModel, WanShape
+from mirai_dist.models.wan import Clean, WanModel, WanShape
 from mirai_dist.parallel.recompute import recompute
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from mirai_kernels.segment_prefix_attention.reference import masked_attention, teacher_forced_mask
@@ -157,7 +157,7 @@ def test_a_network_trains_alike_with_flex_attention_under_recomputation() -> Non
     text, time = torch.randn(2, 9, 32, device=DEVICE), torch.full((2, 6), 500.0, device=DEVICE)
 
     def run(network: WanModel) -> Tensor:
-        output = network(latent, time, text, clean=clean, segment_frames=2).velocity
+        output = network(latent, time, text, clean=Clean(clean), segment_frames=2).velocity
         assert output is not None
         return output
 

@@ -16,7 +16,7 @@ from mirai_dist.attention.select import Candidate, Need, Unavailable, first_that
 from mirai_dist.config import RecipeError, load, schema
 from mirai_dist.cycle.attending import attention_of
 from mirai_dist.models.predictor import Predictor
-from mirai_dist.models.wan import WanModel, WanShape
+from mirai_dist.models.wan import Clean, WanModel, WanShape
 
 TINY = Path(__file__).parents[1] / "procs" / "tiny.yaml"
 CPU = torch.device("cpu")
@@ -284,7 +284,7 @@ def test_networks_attend_with_what_they_are_given() -> None:
     latent, time, text = torch.randn(1, 4, 4, 4, 6), torch.ones(1, 4), torch.randn(1, 5, 8)  # 6 tokens a frame
     network(latent, time[:, 0], text)
     network(latent, time, text, segment_frames=2)
-    network(latent, time, text, clean=latent, segment_frames=2)
+    network(latent, time, text, clean=Clean(latent), segment_frames=2)
     assert noted.calls == [
         ("dense", 24, 24), ("dense", 24, 5),
         ("causal 12", 24, 24), ("dense", 24, 5),

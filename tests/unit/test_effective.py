@@ -97,3 +97,15 @@ def test_attention_is_told_with_who_was_refused() -> None:
 def test_versions_are_those_that_run() -> None:
     assert used()["torch"] == torch.__version__ and used()["device"] == "cpu"
     assert used()["segments"] == 3
+
+
+def test_gates_are_said_with_the_bounds_in_use() -> None:
+    """Those of the stage's own recipe: with a prompt file and no clips they are absolute."""
+    gate = "stages.distil.gate={clips: 4, motion: [0.1, 3]}"
+    video = ("video.latent_frames=4", "video.frames_per_segment=2")
+    held = "4 clips of few_step: boundary_jump 0 to 2, motion 0.1 to 3, saturation 0.5 to 1.6 times that of clean clips"
+    assert used(gate, *video)["gates"] == {"distil": f"{held}; 25% may be outside"}
+    own = ("text.encoder=umt5", "text.path=x", "stages.distil.overrides=[data.prompts=x]")
+    held = "4 clips of few_step: boundary_jump 0 to 3, motion 0.1 to 3, saturation 0.4 to 1.6"
+    assert used(gate, *video, *own)["gates"] == {"distil": f"{held}; 25% may be outside"}
+    assert used()["gates"] == {}
