@@ -49,8 +49,7 @@ class Watch:
         alarms that rose or cleared. The one collective of a position outside its update."""
         last = stage.position == len(stage.positions) - 1
         stage.metrics.send(self.desk.votes(stage), stage.ledger.own_seconds() if last else None)
-        with stage.run.waits.collective():
-            values, changes = stage.observe()
+        values, changes = stage.observe()
         about = {
             "stage": stage.name,
             "cycle": stage.cycle,

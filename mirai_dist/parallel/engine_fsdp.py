@@ -44,7 +44,8 @@ class FsdpEngine:
 
     def shard(self, network: nn.Module, plan: ShardPlan) -> None:
         """Shard a network; one that is on the device already keeps each rank's part alone."""
-        time_collectives(apply(network, plan, self.mesh), self.waiting)
+        apply(network, plan, self.mesh)
+        time_collectives(network, self.waiting)
 
     def accumulate(self, network: nn.Module, plan: ShardPlan, last: bool) -> None:
         """Announce a micro-batch: gradients are reduced over ranks after the last one only, unless planned."""

@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -170,7 +171,10 @@ def test_what_cannot_be_done_is_refused_and_does_no_harm(
 def collectives() -> Iterator[list[tuple[int, str]]]:
     """(rank, function) of every collective that Python starts."""
     calls: list[tuple[int, str]] = []
-    with mock.patch.multiple(dist, **{name: counted(name, calls) for name in COLLECTIVES if hasattr(dist, name)}):
+    with ExitStack() as patches:
+        for name in COLLECTIVES:
+            if hasattr(dist, name):
+                patches.enter_context(mock.patch.object(dist, name, counted(name, calls)))
         yield calls
 
 
@@ -203,7 +207,8 @@ def test_a_position_costs_one_collective_beside_its_update(
     step = DmdStage.step
 
     def stepped(stage: DmdStage) -> None:
-        where = (stage.run.rank, *((stage.cycle, stage.position - 1) if stage.position else (stage.cycle - 1, 2)))
+        cycle, position = (stage.cycle, stage.position - 1) if stage.position else (stage.cycle - 1, 2)
+        where = stage.run.rank, cycle, position
         if where in begun:
             between.append([name for rank, name in collectives[begun[where] :] if rank == stage.run.rank])
         step(stage)

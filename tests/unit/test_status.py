@@ -21,6 +21,7 @@ from mirai_dist.config import load
 from mirai_dist.config.digest import to_yaml
 from mirai_dist.operate import control, events, status
 from mirai_dist.operate.control import Request
+from mirai_dist.runtime import torchrun
 from mirai_dist.state import commit
 from mirai_launch import operating
 from mirai_launch.__main__ import OWN, main
@@ -355,6 +356,16 @@ def test_the_operators_verbs_load_nothing_heavy(live: Run) -> None:
     assert done.returncode == 0, done.stderr
     codes = [line for line in done.stdout.splitlines() if line in ("0", "20")]
     assert codes == ["0", "0", "20", "20"]
+
+
+def test_a_local_run_ends_with_its_state_if_it_began(run: Run) -> None:
+    here = ["--standalone", "--nproc-per-node", "2", "-m", "mirai_dist", "--run-dir", str(run.folder)]
+    assert torchrun.summary(here, START - 1) == [], "refused before it began: the directory may be somebody else's"
+    run.start().event(9, "done")
+    assert torchrun.summary(here, START - 1) == status.lines(run.status(10)) != []
+    assert torchrun.summary(here, START + 1) == [], "an earlier start"
+    assert torchrun.summary(here[1:], START - 1) == [], "one node of several"
+    assert torchrun.summary([*here[:-1], str(run.folder / "none")], START - 1) == []
 
 
 # What the scheduler knows better.
