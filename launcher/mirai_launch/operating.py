@@ -36,7 +36,11 @@ def look(run_dir: Path) -> tuple[Status, list[str]]:
 
 def _with_queue(found: Status, jobs: Sequence[Job]) -> Status:
     """What the scheduler knows better than the directory: a job that waits, and one that died without a word."""
-    if any(job.holds_nodes for job in jobs):
+    holding = [job for job in jobs if job.holds_nodes]
+    early = [job for job in holding if job.start and job.start > (found.started or 0.0)]
+    if early and found.state != "running":
+        return replace(found, state="starting", why=f"job {early[0].id} has its nodes")
+    if holding:
         return found
     waiting = [job for job in jobs if job.waiting]
     if waiting and found.state != "running":

@@ -7,7 +7,7 @@
     failed        an error ended it
     done          it came to its end
 
-What is queued, only the scheduler knows (mirai_launch/slurm).
+What is queued, or has nodes and has not started yet, only the scheduler knows (mirai_launch/operating.py).
 """
 
 from __future__ import annotations
@@ -132,9 +132,11 @@ def members(run_dir: Path) -> list[Job]:
     """The training runs of a run directory, by the recipe in it. Raises RecipeError where there is none."""
     if not run_dir.is_dir():
         raise RecipeError(str(run_dir), "is no run directory; name one that mirai train or mirai submit has made")
-    if not (run_dir / "recipe.yaml").exists():
+    written = [run_dir / "recipe.yaml", *sorted(run_dir.glob("slurm/*/recipe.yaml"), reverse=True)]  # of a start, a job
+    recipe = next((path for path in written if path.exists()), None)
+    if recipe is None:
         raise RecipeError(str(run_dir), "holds no recipe.yaml, so no run was started in it; see mirai train --help")
-    return list(jobs(load(run_dir / "recipe.yaml"), run_dir))
+    return list(jobs(load(recipe), run_dir))
 
 
 def split(history: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -315,6 +317,7 @@ def following(status: Status) -> list[str]:
     return {
         "not started": [again],
         "queued": [f"mirai cancel {run}"],
+        "starting": [f"mirai status {run}", f"mirai cancel {run}"],
         "running": [f"mirai logs {run} --follow", f"mirai stop {run}"],
         "stale": [f"mirai stacks {run}", f"mirai logs {run}", f"mirai cancel {run}", again],
         "stopped": [again],

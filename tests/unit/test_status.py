@@ -101,6 +101,12 @@ def test_before_the_first_start(run: Run) -> None:
     assert run.screen(0)["next"].startswith(f"mirai train {run.folder}/recipe.yaml --run-dir {run.folder}")
 
 
+def test_a_submitted_run_is_known_by_its_job_s_recipe(run: Run) -> None:
+    (run.folder / "slurm/20261126-100000").mkdir(parents=True)
+    (run.folder / "recipe.yaml").replace(run.folder / "slurm/20261126-100000/recipe.yaml")
+    assert (run.status(0).state, run.status(0).jobs) == ("not started", 9)
+
+
 def test_a_running_run(run: Run) -> None:
     run.start().event(5, "begun", stage="teacher", cycles=20, cycle=0).cycles(0, 6, at=5).cycles(6, 8, 65, 30.0)
     run.checkpoint(5)
@@ -370,7 +376,7 @@ def test_a_local_run_ends_with_its_state_if_it_began(run: Run) -> None:
 
 # What the scheduler knows better.
 
-JOB = Job("7", "RUNNING", "", ("n1",), 1, 0, None, None, None, None, 0, 0, "mirai")
+JOB = Job("7", "RUNNING", "", ("n1",), 1, 0, None, START + 50.0, None, None, 0, 0, "mirai")
 
 
 @pytest.mark.parametrize(
@@ -378,8 +384,10 @@ JOB = Job("7", "RUNNING", "", ("n1",), 1, 0, None, None, None, None, 0, 0, "mira
     [
         ("stopped", ["PENDING"], "queued"),
         ("not started", ["PENDING"], "queued"),
+        ("not started", ["RUNNING"], "starting"),
         ("stopped", ["COMPLETED", "PENDING"], "queued"),
-        ("done", ["COMPLETED", "RUNNING"], "done"),
+        ("stopped, restarted", ["RUNNING"], "starting"),
+        ("done", ["COMPLETING"], "done"),
         ("stale", ["RUNNING"], "stale"),
         ("stale", ["NODE_FAIL"], "failed"),
         ("running", ["PENDING"], "running"),
@@ -391,7 +399,9 @@ def test_the_scheduler_knows_what_waits_and_what_died(
     run: Run, monkeypatch: pytest.MonkeyPatch, state: str, jobs: list[str], expected: str
 ) -> None:
     known = [replace(JOB, id=str(7 + i), state=each) for i, each in enumerate(jobs)]
-    found = replace(run.status(0), state=state, starts=1, job_id="7")
+    # the last start on record came after the job's, but for a job that has just started again
+    started = None if state == "not started" else START + (20 if "restarted" in state else 60)
+    found = replace(run.status(0), state=state.split(",")[0], starts=1, job_id="7", started=started)
     monkeypatch.setattr(operating.status, "of", lambda run_dir: found)
     monkeypatch.setattr(operating, "scheduled", lambda run_dir: known)
     seen, queue = operating.look(run.folder)
