@@ -38,6 +38,7 @@ class Lookout:
         """Begin to look; needs no end, the process takes the thread along."""
         self._stacks.parent.mkdir(parents=True, exist_ok=True)
         self._signalled = self._stacks.open("a", encoding="utf-8")
+        faulthandler.enable()  # what a crash in C leaves in the rank's raw output
         faulthandler.register(signal.SIGURG, file=self._signalled, all_threads=True)
         threading.Thread(target=self._run, name="lookout", daemon=True).start()
         return self

@@ -81,3 +81,15 @@ def test_a_node_whose_slurmd_is_gone_is_replaced(submit: Submit) -> None:
         stopped(run)
     finally:
         run.slurm.heal(nodes[1])
+
+
+def test_a_job_that_gets_nowhere_gives_its_nodes_back(submit: Submit) -> None:
+    first, lost, _ = submit.slurm.names
+    submit.slurm.mislead(lost, about=first)
+    try:
+        run = submit(ENDLESS, requeues="0")
+        job = run.ended()
+        assert (job.state, job.exit_code, job.restarts) == ("FAILED", 20, 0), run.log()
+        assert "attempts in a row without a new checkpoint: 1, of 0 allowed; the nodes are given back" in run.log()
+    finally:
+        submit.slurm.heal(lost)

@@ -120,12 +120,13 @@ def test_a_chain_stops_at_the_gate_that_fails(submit: Submit) -> None:
 
 
 def test_ports_that_somebody_holds_are_passed_over(submit: Submit) -> None:
-    following = {"SLURM_JOB_ID": str(int(submit(SHORT, name="before").job) + 1)}
-    taken = candidates(following)[:3]
+    configuration = submit.slurm.run("scontrol", "show", "config")
+    following = next(line.split()[-1] for line in configuration.splitlines() if line.startswith("NEXT_JOB_ID"))
+    taken = candidates({"SLURM_JOB_ID": following})[:3]
     holders = [submit.slurm.inside(node, sys.executable, "-c", HOLD, *map(str, taken)) for node in submit.slurm.names]
     try:
         run = submit(SHORT)
-        assert run.job == following["SLURM_JOB_ID"]
+        assert run.job == following
         assert run.ended().state == "COMPLETED", run.log()
     finally:
         for holder in holders:

@@ -69,7 +69,8 @@ waits_for_ever(lock)
 def test_a_hung_process_says_where_by_request_and_by_signal(tmp_path: Path) -> None:
     control.open_for(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HANGS), str(tmp_path)], env=environment)
+    command = [sys.executable, "-c", textwrap.dedent(HANGS), str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: (tmp_path / "ready").exists())
         asked = control.ask(tmp_path, Request("stacks"))
@@ -82,9 +83,12 @@ def test_a_hung_process_says_where_by_request_and_by_signal(tmp_path: Path) -> N
         wait_for(lambda: path.stat().st_size > before)
         assert path.read_text()[before:].count("in waits_for_ever") == 1
         assert process.poll() is None, "the signal dumps, and does not end"
+        process.send_signal(signal.SIGSEGV)
+        said = process.communicate(timeout=60)[1]
+        assert "Segmentation fault" in said and "in waits_for_ever" in said
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def wait_for(true, seconds: float = 60) -> None:

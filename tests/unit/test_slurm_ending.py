@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_first_host_knows_best_whom_to_leave_out() -> None:
     assert "nothing from n3" in decided.why
     tired = ending.decide(replace(PLAIN, code=30, failures=(SUSPECT,), progressed=False, fruitless=3))
     assert (tired.exit_code, tired.exclude) == (20, ())
-    assert "3 attempts in a row left no new checkpoint" in tired.why
+    assert "attempts in a row without a new checkpoint: 3, of 2 allowed" in tired.why
 
 
 def environment(restart: int = 0, job: str = "7") -> dict[str, str]:
@@ -79,7 +80,7 @@ def test_attempts_without_a_new_checkpoint_are_counted(tmp_path: Path, capsys: p
     assert [begin(2), begin(3)] == [0, 0]
     commit(tmp_path, 4, whole=False)  # nobody can go on from it
     assert begin(4) == 20
-    assert "2 attempts in a row left no new checkpoint, and the cap is 1" in capsys.readouterr().out
+    assert "attempts in a row without a new checkpoint: 2, of 1 allowed" in capsys.readouterr().out
     assert begin(0, job="8") == 0  # somebody submitted it again, and so wants it
 
 
@@ -112,3 +113,83 @@ def test_progress_is_checkpoints_finished_stages_and_trajectories(tmp_path: Path
         change()
         seen.add(attempt.progress(tmp_path))
     assert len(seen) == 4  # an empty folder is none
+
+
+def test_a_run_that_was_stopped_stays_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SLURM itself may queue the job again, after a lost node."""
+    (tmp_path / "HOLD").write_text("stopped by somebody\n")
+    assert attempt.begin(tmp_path, 1, environment()) == 20
+    assert "does not start again: it was stopped on request" in capsys.readouterr().out
+    assert (tmp_path / "HOLD").exists()
+
+
+SCONTROL = """#!/bin/bash
+echo "$@" >>{noted}
+case $1 in
+  -o) echo 'JobId=7 JobState={state} Restarts=0 NodeList=n[1-2] NumNodes=2 ExcNodeList=(null)' ;;
+  requeue) {requeue} ;;
+esac
+"""
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`scheduler(state, requeue)`: a scontrol that says so; returns the file of what it was asked."""
+
+    def play(state: str = "RUNNING", requeue: str = "true") -> Path:
+        noted, program = tmp_path / "asked", tmp_path / "bin" / "scontrol"
+        program.parent.mkdir()
+        program.write_text(SCONTROL.format(noted=noted, state=state, requeue=requeue))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+        monkeypatch.setattr(attempt.signal, "signal", lambda *_: None)  # this process is not the batch script's
+        return noted
+
+    return play
+
+
+def record_of(run_dir: Path, failure: Failure) -> None:
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    (logs / f"failure-rank-{failure.rank}.json").write_text(json.dumps({**asdict(failure), "time": 0.0}))
+
+
+def test_the_end_of_an_attempt_asks_the_scheduler_and_says_it_on_one_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scheduler: Callable[..., Path]
+) -> None:
+    asked, run_dir = scheduler(), tmp_path / "run"
+    run_dir.mkdir()
+    assert attempt.begin(run_dir, 2, environment()) == 0
+    record_of(run_dir, SUSPECT)
+    assert attempt.end(run_dir, 2, 30, False, environment()) == 10
+    # A running job's hosts cannot be excluded; one that is back in the queue cannot start before this script is gone.
+    assert [line for line in asked.read_text().splitlines() if not line.startswith("-o")] == [
+        "requeue 7", "update JobId=7 ExcNodeList=n3",
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    for part in ("7: queued again", "without n3", "because    n1 (rank 0): n1: nothing from n3", "checkpoint none"):
+        assert part in said
+    assert len(said.splitlines()) < 10
+
+
+@pytest.mark.parametrize(
+    ("state", "requeue", "marker", "exit_code", "part"),
+    [
+        ("COMPLETING", "true", "", 143, "ended by SLURM"),
+        ("RUNNING", "echo 'no such job' >&2; exit 1", "", 20, "NOT queued again as it should be: scontrol: no such"),
+        ("RUNNING", "true", "HOLD", 20, "stopped on request"),
+        ("RUNNING", "true", "STOP", 20, "stopped on request"),
+    ],
+)
+def test_a_job_that_must_not_or_cannot_come_back(
+    state: str, requeue: str, marker: str, exit_code: int, part: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], scheduler: Callable[..., Path],
+) -> None:  # fmt: skip
+    asked, run_dir = scheduler(state, requeue), tmp_path / "run"
+    run_dir.mkdir()
+    assert attempt.begin(run_dir, 2, environment()) == 0
+    if marker:
+        (run_dir / marker).touch()
+    assert attempt.end(run_dir, 2, 10, False, environment()) == exit_code
+    assert part in capsys.readouterr().out
+    assert ("requeue 7" in asked.read_text()) == ("NOT" in part)

@@ -309,11 +309,13 @@ def test_logs_show_their_end_and_errors_their_first(run: Run, capsys: pytest.Cap
     assert said == [f"... 7 lines before these in {run.folder}/logs/rank-2.log", "line 7", "line 8", "line 9"]
     assert main(["logs", str(run.folder), "--errors"]) == 0
     assert capsys.readouterr().out == "no rank has recorded a failure\n"
+    (run.folder / "logs/rank-1.out").touch()
+    (run.folder / "logs/rank-2.out").write_text("Segmentation fault")
     run.start().failure(20, 0, "n1", "peer\nclosed").failure(19, 3, "n2", "disk is gone")
     assert main(["logs", str(run.folder), "--errors"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "n2:3 RuntimeError: disk is gone" in said[0] and "n1:0 RuntimeError: peer closed" in said[1]
-    assert said[3:] == ["Traceback of 3", "  line of it"]
+    assert said[2:] == ["  Traceback of 3", "    line of it", f"raw output: {run.folder}/logs/rank-2.out"]
 
 
 def test_followed_logs_end_with_the_run(live: Run, capsys: pytest.CaptureFixture[str]) -> None:

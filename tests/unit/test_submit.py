@@ -59,7 +59,10 @@ def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_one_job(tmp_path: Path) -> None:
     queue = Queue()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/HOLD").touch()
     (queued,) = submit(prepare(wish(tmp_path, overrides=("seed=5",))), queue)
+    assert not (tmp_path / "run/HOLD").exists()  # whoever submits it again wants it to go on
     (script, options), run = queue.submitted[0], tmp_path / "run"
     assert (queued.job, queued.step, options) == ("41", "all", [])
     assert load(script.parent / "recipe.yaml").recipe == load(TINY, ["seed=5"]).recipe

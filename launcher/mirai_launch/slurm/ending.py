@@ -75,9 +75,8 @@ def decide(ending: Ending) -> Decision:
     if ending.code == DO_NOT_REQUEUE:
         return Decision(DO_NOT_REQUEUE, "the run refused to go on; see above")
     again = _again(ending)
-    if again.exit_code == REQUEUE and not ending.progressed and ending.fruitless > ending.cap:
-        tries = f"{ending.fruitless} attempts in a row left no new checkpoint"
-        return Decision(DO_NOT_REQUEUE, f"{again.why}; {tries}, so the nodes are given back")
+    if again.exit_code == REQUEUE and not ending.progressed and exhausted(ending.fruitless, ending.cap):
+        return Decision(DO_NOT_REQUEUE, f"{again.why}; {exhausted(ending.fruitless, ending.cap)}")
     return again
 
 
@@ -99,7 +98,9 @@ def _again(ending: Ending) -> Decision:
 
 def exhausted(fruitless: int, cap: int) -> str:
     """Why an attempt must not even start: the ones before it, which SLURM itself may have queued, left nothing."""
-    return f"{fruitless} attempts in a row left no new checkpoint, and the cap is {cap}" if fruitless > cap else ""
+    if fruitless <= cap:
+        return ""
+    return f"attempts in a row without a new checkpoint: {fruitless}, of {cap} allowed; the nodes are given back"
 
 
 def first_of(failures: Iterable[Failure]) -> tuple[Failure, ...]:

@@ -16,6 +16,7 @@ from mirai_dist.config import RecipeError, Resolved, files, load, rundir
 from mirai_dist.config.cluster import Cluster, load_cluster
 from mirai_dist.config.digest import to_yaml
 from mirai_dist.config.rules import check_layout
+from mirai_dist.config.steps import steps as steps_of
 from mirai_launch.slurm import ledger, parse, snapshot
 from mirai_launch.slurm.attempt import HOLD
 from mirai_launch.slurm.client import Scheduler, SchedulerError
@@ -105,11 +106,12 @@ def prepare(wish: Wish) -> Prepared:
     elements = []
     for name, overrides in zip(names, settings, strict=True):
         resolved = load(wish.recipe, [*wish.overrides, *overrides])
-        files.check(resolved.recipe, resolved.origins)
-        check_layout(resolved.recipe, wish.nodes * cluster.ranks_per_node)
+        for variant in resolved.variants():
+            files.check(variant.recipe, variant.origins)
+            check_layout(variant.recipe, wish.nodes * cluster.ranks_per_node)
         rundir.check(run_dir / name, resolved.recipe, "auto")
         elements.append(Element(name, run_dir / name, resolved))
-    steps = tuple(_steps(base)) if wish.chain else (ALL,)
+    steps = tuple(steps_of(base.recipe)) if wish.chain else (ALL,)
     return Prepared(wish, cluster, run_dir, tuple(elements), steps, sweep, limit)
 
 
@@ -181,12 +183,6 @@ def _refuse_second(run_dir: Path, scheduler: Scheduler) -> None:
     if alive:
         what = f"job {alive[0].id} of this run is {alive[0].state.lower()}"
         raise RecipeError(str(run_dir), f"{what}; cancel it (scancel {alive[0].id}), or name another --run-dir")
-
-
-def _steps(resolved: Resolved) -> list[str]:
-    from mirai_dist.config.steps import steps
-
-    return steps(resolved.recipe)
 
 
 def _check_time(limit: str, cluster: Cluster, wish: Wish) -> None:

@@ -16,6 +16,7 @@ from mirai_dist.operate import status
 from mirai_launch import console, operating
 
 LINES = 200
+SHOWN = 8  # files of raw output that --errors names
 SECONDS = 0.5  # between two looks of --follow
 
 
@@ -88,14 +89,17 @@ def _errors(run_dir: Path) -> int:
     ]
     if not records:
         console.say("no rank has recorded a failure")
-        return 0
     records.sort(key=lambda record: record["time"])
     for record in records:
         error = " ".join(f"{record['type']}: {record['message']}".split())
         console.say(f"{_moment(record['time'])} {record['host']}:{record['rank']} {error}")
-    console.say("")
-    for line in records[0]["traceback"].splitlines():
-        console.say(line)
+    for line in records[0]["traceback"].splitlines() if records else ():
+        console.say(f"  {line}")
+    raw = sorted(path for path in (run_dir / "logs").glob("rank-*.out") if path.stat().st_size)
+    for path in raw[:SHOWN]:
+        console.say(f"raw output: {path}")
+    if len(raw) > SHOWN:
+        console.say(f"raw output of {len(raw) - SHOWN} more ranks beside these")
     return 0
 
 

@@ -21,8 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", default="", help="time limit (default: the cluster file's): 24:00:00, 1-12:00:00")
     parser.add_argument("--run-dir", type=Path, help="where everything is written (default: runs/<name>)")
     parser.add_argument(
-        "--array", metavar="KEY=V,V[%N]", action="append", default=[],
-        help="one run a value, at most N at a time; repeated: all combinations",
+        "--array", metavar="KEY=V,V", action="append", default=[],
+        help="one run a value, with %%N behind the last at most N at a time; repeated: all combinations",
     )  # fmt: skip
     parser.add_argument("--chain", action="store_true", help="a job for each step of the recipe, each after the last")
     parser.add_argument("--dry-run", action="store_true", help="print the script and the command; write nothing")
