@@ -66,6 +66,13 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> World:
     return World(place.rank, place.local_rank, place.world_size, place.local_size, host, device, store)
 
 
+def hosts(world: World) -> tuple[str, ...]:
+    """Host of every rank. Collective."""
+    found = [""] * world.world_size
+    dist.all_gather_object(found, world.host)
+    return tuple(found)
+
+
 def stop(world: World) -> None:
     """Leave the process group at the end of a run that went well. Never on the way out of an error: it may hang."""
     if world.device.type == "cuda":
