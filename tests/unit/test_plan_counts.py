@@ -1,0 +1,121 @@
+"""What the planner counts without torch is what torch counts: parameters, FLOPs by phase, visible frames, caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from mirai_dist.config import load, schema
+from mirai_dist.cycle.roles import kv_cache, wan_shape
+from mirai_dist.method.arithmetic import PRESETS
+from mirai_dist.models.predictor import Predictor
+from mirai_dist.models.wan import WanModel
+from mirai_dist.plan import flops, passes, shapes
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+WAN = RECIPES / "wan" / "causal-forcing-chunkwise-mirai-8x8.yaml"
+TINY = RECIPES / "tiny" / "video_mirai.yaml"
+
+
+def meta_shapes(network: torch.nn.Module) -> list[tuple[int, ...]]:
+    return sorted(tuple(parameter.shape) for parameter in network.parameters())
+
+
+def planned_shapes(parameters: shapes.Parameters) -> list[tuple[int, ...]]:
+    return sorted((*parameters.block * parameters.blocks, *parameters.rest))
+
+
+@pytest.mark.parametrize("path", [WAN, TINY])
+@pytest.mark.parametrize("role", ["teacher", "generator", "critic"])
+def test_parameters_are_those_of_the_module(path: Path, role: str) -> None:
+    recipe = load(path).recipe
+    with torch.device("meta"):
+        model = WanModel(wan_shape(getattr(recipe, role), recipe))
+    planned = shapes.of_role(role, recipe)
+    assert planned_shapes(planned) == meta_shapes(model)
+    assert planned.count == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("path", [WAN, TINY])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_parameters_of_the_predictor(path: Path, preset: str) -> None:
+    recipe = load(path, [f"foresight.preset={preset}"]).recipe
+    with torch.device("meta"):
+        model = Predictor(
+            recipe.generator.dim,
+            recipe.teacher.dim,
+            recipe.generator.heads,
+            recipe.foresight.predictor_blocks,
+            PRESETS[preset].gated_predictor,
+        )
+    assert planned_shapes(shapes.predictor(recipe)) == meta_shapes(model)
+
+
+def test_the_published_counts() -> None:
+    recipe = load(WAN).recipe
+    assert shapes.of_role("generator", recipe).count == 1_418_996_800
+    assert shapes.of_role("teacher", recipe).count == 14_288_491_584
+    assert shapes.text_encoder().count == 5_680_910_336
+
+
+CACHES = [
+    ["video.latent_frames=8"],
+    ["video.latent_frames=8", "rollout.window_frames=4"],
+    ["video.latent_frames=8", "rollout.window_frames=6", "rollout.sink_frames=2"],
+    ["video.latent_frames=8", "rollout.total_frames=16", "rollout.window_frames=4"],
+    ["video.latent_frames=8", "rollout.total_frames=16", "rollout.window_frames=6", "rollout.sink_frames=1"],
+    ["video.latent_frames=8", "rollout.total_frames=12", "rollout.window_frames=4", "rollout.sink_frames=2"],
+]
+
+
+@pytest.mark.parametrize("overrides", CACHES, ids=lambda o: ",".join(o))
+def test_a_segment_sees_what_the_cache_shows(overrides: list[str]) -> None:
+    recipe = load(TINY, overrides).recipe
+    length, total = recipe.video.frames_per_segment, passes.rollout_frames(recipe)
+    held = passes.rollout_cache_frames(recipe)
+    cache = kv_cache(recipe, 1, held + length, torch.device("cpu"))
+    assert cache.shape.frames == held
+    heads, dim = recipe.generator.heads, recipe.generator.dim
+    own = torch.zeros(1, length * shapes.frame_tokens(recipe), heads, dim // heads)
+    for first in range(0, total, length):
+        assert passes.visible_frames(recipe, first, held) == len(cache.visible_frames()), f"frame {first}"
+        if first + length < total:
+            cache.write(((own, own),) * recipe.generator.blocks)
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------------------------
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape, **__: sdpa_flop(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, out_shape, **__: sdpa_backward_flop(grad, q, k, v)
+    ),
+}
+
+
+def counted() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+
+@contextmanager
+def by_phase(stage: Any, found: dict[str, float]) -> Iterator[None]:
+    """Every phase of the stage's ledger counted apart."""
+    enter = stage.ledger.phase
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        with enter(name), counted() as counter:
+            yield
+        found[name] = found.get(name, 0.0) + counter.get_total_flops()
+
+    stage.ledger.phase = phase
+    try:
+        yield
+    finally:
+        stage.ledger.phase = enter
