@@ -1,0 +1,137 @@
+"""Does a run fit, and if not: the smallest change that makes it.
+
+Changes are tried from the one that costs least to the one that costs most, each alone, then one on top of the other.
+What a change costs is in its text. A change that the recipe's rules refuse is not tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mirai_dist.config.error import RecipeError
+from mirai_dist.config.schema import Recipe
+from mirai_dist.plan.estimate import Cluster, Plan, plan
+from mirai_dist.plan.gpus import GIB
+
+Arms = Mapping[str, Recipe]
+MOST_NODES = 64  # times as many as asked for
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change: as the user writes it, what it costs, and the recipes and cluster it leads to."""
+
+    text: str
+    cost: str
+    arms: Arms
+    cluster: Cluster
+
+
+def judged(recipe: Recipe, cluster: Cluster, arms: Arms | None = None) -> Plan:
+    """The plan, with the smallest change that makes it fit where it does not. RecipeError as in `plan`."""
+    arms = arms or {"": recipe}
+    found = plan(recipe, cluster, arms)
+    if found.fits is not False:
+        return found
+    return replace(found, change=smallest_change(recipe, cluster, arms))
+
+
+def refusal(found: Plan) -> str:
+    """One line about a plan that does not fit: peak by role, the limit, what to change."""
+    assert found.cluster.limit is not None
+    worst, where = found.worst, found.worst.peak
+    largest = sorted(where.by_role().items(), key=lambda item: -item[1])
+    roles = ", ".join(f"{role} {count / GIB:.3g}" for role, count in largest if count > 0.005 * where.total)
+    what = f"stage {worst.title} needs {found.peak / GIB:.4g} GiB a rank in {where.update} {where.phase} ({roles}), "
+    what += f"{found.cluster.limit / GIB:.4g} are there"
+    change = found.change or "nothing tried makes it fit: other networks, or a shorter video"
+    return f"{what}; {change}"
+
+
+def smallest_change(recipe: Recipe, cluster: Cluster, arms: Arms) -> str:
+    """What to change, in words; "" where nothing tried is enough."""
+    for change in _changes(arms, cluster):
+        if _fits(recipe, change):
+            return f"{change.text} ({change.cost})"
+    texts: list[str] = []
+    now, place = arms, cluster
+    tried: set[str] = set()
+    while (change := next((each for each in _changes(now, place) if _key(each) not in tried), None)) is not None:
+        tried.add(_key(change))
+        if plan_or_none(recipe, change) is None:
+            continue
+        texts = [text for text in texts if text.partition("=")[0] != change.text.partition("=")[0]] + [change.text]
+        now, place = change.arms, change.cluster
+        if _fits(recipe, change):
+            return " ".join(texts)
+    return ""
+
+
+def plan_or_none(recipe: Recipe, change: Change) -> Plan | None:
+    """The plan after a change; None where ranks and batches do not go together then."""
+    first = next(iter(change.arms.values()))
+    shared = replace(recipe, parallel=first.parallel, stages=first.stages)
+    try:
+        return plan(shared, change.cluster, change.arms)
+    except RecipeError:
+        return None
+
+
+def _fits(recipe: Recipe, change: Change) -> bool:
+    found = plan_or_none(recipe, change)
+    return found is not None and found.fits is True
+
+
+def _key(change: Change) -> str:
+    # one key may be lowered again and again, each time to another value
+    return change.text
+
+
+def _changes(arms: Arms, cluster: Cluster) -> Iterator[Change]:
+    """Single changes, the cheapest first."""
+    first = next(iter(arms.values()))
+    parallel = first.parallel
+
+    def section(text: str, cost: str, **keys: Any) -> Change:
+        own = {name: replace(each, parallel=replace(each.parallel, **keys)) for name, each in arms.items()}
+        return Change(text, cost, own, cluster)
+
+    if not parallel.reshard_after_forward:
+        yield section(
+            "parallel.reshard_after_forward=true", "a gather for each forward", reshard_after_forward=True
+        )
+    if parallel.unit == "network":
+        yield section("parallel.unit=block", "a gather for each block", unit="block")
+    if parallel.recompute == "none":
+        yield section("parallel.recompute=block", "blocks run once more in backward", recompute="block")
+    accumulates = any(stage.batch.global_size > cluster.ranks * stage.batch.micro_size for stage in first.stages.values())
+    if accumulates and not parallel.sync_every_micro_batch:
+        yield section(
+            "parallel.sync_every_micro_batch=true", "a reduction for each micro-batch", sync_every_micro_batch=True
+        )
+    yield from _smaller_batches(arms, cluster)
+    for replicas in range(parallel.replicas - 1, 0, -1):
+        if cluster.ranks % replicas == 0:
+            yield section(f"parallel.replicas={replicas}", "gathers across nodes", replicas=replicas)
+    factor = 2
+    while factor <= MOST_NODES:
+        more = replace(cluster, nodes=cluster.nodes * factor)
+        yield Change(f"--nodes {more.nodes}", f"{more.ranks} ranks", arms, more)
+        factor *= 2
+
+
+def _smaller_batches(arms: Arms, cluster: Cluster) -> Iterator[Change]:
+    first = next(iter(arms.values()))
+    for name, stage in first.stages.items():
+        size = stage.batch.micro_size
+        for smaller in (each for each in range(size - 1, 0, -1) if size % each == 0):
+
+            def with_batch(recipe: Recipe, name: str = name, smaller: int = smaller) -> Recipe:
+                own = recipe.stages[name]
+                stages = {**recipe.stages, name: replace(own, batch=replace(own.batch, micro_size=smaller))}
+                return replace(recipe, stages=stages)
+
+            changed = {arm: with_batch(recipe) for arm, recipe in arms.items()}
+            yield Change(f"stages.{name}.batch.micro_size={smaller}", "more micro-batches", changed, cluster)
