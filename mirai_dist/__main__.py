@@ -34,6 +34,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.config.digest import to_yaml
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
+    from mirai_dist.cycle.budget import budget
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
     from mirai_dist.cycle.pipeline import Place, run_pipeline
@@ -48,11 +49,13 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     files.check(resolved.recipe, resolved.origins)
     check_layout(resolved.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
+    planned = budget(resolved, ranks)
     used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
     claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
     try:
         console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
+        console.say(planned)
         for line in used.splitlines():
             console.say(f"  {line}")
         place = Place(ranks, options.run_dir, console, stop)

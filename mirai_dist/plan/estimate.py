@@ -309,10 +309,11 @@ def _assumptions(recipe: Recipe, cluster: Cluster) -> list[str]:
     if gpu is None or recipe.parallel.compute_dtype != "bfloat16":
         return [*lines, "no seconds: they need a GPU of the table, and bfloat16"]
     reached = gpu.efficiency
-    rates = f"products {reached.dense:.0%}, attention {reached.attention:.0%} forward and {reached.attention_backward:.0%}"
-    lines.append(f"of {gpu.flops / 1e12:,.0f} TF/s dense bf16: {rates} backward; {reached.memory:.0%} of its memory's")
+    attention = f"attention {reached.attention:.0%} forward and {reached.attention_backward:.0%} backward"
+    lines.append(f"of {gpu.flops / 1e12:,.0f} TF/s dense bf16: products {reached.dense:.0%}, {attention}")
+    lines.append(f"of {gpu.bandwidth / 1e12:.3g} TB/s of its memory: {reached.memory:.0%}")
     network = cluster.network or NETWORK_A_GPU * cluster.gpus_per_node
-    links = f"{time.LINK:.0%} of {gpu.link / 1e9:,.0f} GB/s in a node, {time.NETWORK:.0%} of {network / 1e9:,.0f} GB/s a node"
-    lines.append(f"collectives: {links} between them")
+    inside = f"{time.LINK:.0%} of {gpu.link / 1e9:,.0f} GB/s inside a node"
+    lines.append(f"collectives: {inside}, {time.NETWORK:.0%} of {network / 1e9:,.0f} GB/s a node between nodes")
     lines.append(f"storage: {cluster.storage / 1e9:g} GB/s a node; published weights of 2 bytes a parameter")
     return lines

@@ -52,7 +52,7 @@ _ADA = Efficiency(dense=0.65, attention=0.50, attention_backward=0.45)
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # NVIDIA A100 data sheet (2021): 312 TF/s bf16; 40 GB 1,555 GB/s, 80 GB SXM 2,039 GB/s; NVLink 600 GB/s both ways
+        # NVIDIA A100 data sheet: 312 TF/s bf16; 40 GB 1,555 GB/s, 80 GB SXM 2,039 GB/s; NVLink 600 GB/s both ways
         Gpu("a100-40gb", int(39.4 * GIB), 312e12, 1.555e12, 300e9, _AMPERE, r"A100.*40GB"),
         Gpu("a100-80gb", int(79.1 * GIB), 312e12, 2.039e12, 300e9, _AMPERE, r"A100.*80GB"),
         # NVIDIA A800 data sheet: A100 with NVLink 400 GB/s

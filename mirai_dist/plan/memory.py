@@ -6,17 +6,18 @@ What lasts, for a network of P parameters over S shards (each parameter's first 
     moments      2 P / S in the same dtype              average      P / S fp32
     KV cache     blocks x 2 x batch x (frames - a segment) x tokens x d, in the compute dtype; all frames of a training
                  rollout, because recomputation reads what each segment saw
-    replay       (state, target) of every sample of the rank; on the device up to half of what is free, else in the host
+    replay       (state, target) of every sample of the rank, counted on the device; a run short of memory keeps them in
+                 the host's
 
 What a phase adds, with c bytes a value in the compute dtype and w in at least fp32, N tokens, d and f the widths:
 
     kept         recomputed blocks keep their input, N d c; other blocks what backward reads,
                  N (d (19 c + 3 w) + 2 f c) and the keys that a segment saw, 2 K d c
-    working      a forward without gradient: N (11 d + 2 f) c at the feed-forward, 2 K d c for keys with a past; backward
-                 of a recomputed block: what it recomputes, and N (3 d + f) c
+    working      a forward without gradient: N (11 d + 2 f) c at the feed-forward, and 2 K d c for keys with a past;
+                 backward of a recomputed block: what it recomputes, and N (3 d + f) c
     gathered     resharded units: the root and two blocks; else every network that ran, whole
     gradients    P / S fp32 once reduced; before that P fp32 where micro-batches are accumulated without reducing them;
-                 and P in the compute dtype while the segments of a rollout add up, else one unit's
+                 and P in the compute dtype while the segments of a rollout add up
     reduction    one unit in fp32
 
 Tensors are counted, not what an allocator adds to them: `SLACK` is that, for a device. What operators use inside,
@@ -26,7 +27,7 @@ process and CUDA context (`CONTEXT`) come on top.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mirai_dist.config.schema import Recipe, Stage
 from mirai_dist.method.arithmetic import PRESETS, supervised_segments
@@ -36,7 +37,7 @@ from mirai_dist.plan.shapes import BYTES, PATCH, frame_tokens, network_of, of_ro
 from mirai_dist.plan.traffic import Sharded
 
 WIDE = 4  # bytes of the dtype that norms, losses, masters and reductions are at least in
-LATENTS = 8  # copies of a batch of latents, in fp32, that losses and schedules hold at a time
+LATENTS = 3  # copies of a batch of latents, in fp32, that losses and schedules hold at a time
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ class _Ledger:
             return
         batch = self.stage.batch.micro_size
         yield ("KV cache", "generator"), kv_cache(self.recipe, batch, passes.rollout_cache_frames(self.recipe))
-        if "predictor" in self.roles.trained:
-            yield ("replay cache", "predictor"), batch * self.updates[0].micro_batches * replay_pair(self.recipe)
 
     def _latents(self, update: Update) -> dict[tuple[str, str], int]:
         video = self.recipe.video
         frames = passes.rollout_frames(self.recipe) if self.stage.kind == "dmd" else video.latent_frames
+        if update.name == "replay":
+            return {}
         one = frames * video.channels * video.latent_height * video.latent_width * WIDE
         text = self.recipe.text.length * self.recipe.text.dim * WIDE
         batch = self.stage.batch.micro_size
@@ -127,33 +128,68 @@ class _Ledger:
         for phase in dict.fromkeys(each.phase for each in update.passes):
             own = [each for each in update.passes if each.phase == phase]
             used += [each.role for each in own]
+            features, replay = self._features(phase), self._replay(update, phase)
+            found = []
             for each in own:
+                working = {("working", each.role): self._working(each)}
                 if each.gradient:
                     _add(kept, ("activations", each.role), round(each.count * self._kept(each)))
-            largest = max(own, key=self._working)
-            working = {("working", largest.role): self._working(largest)}
-            gathered = self._gathered(used, [each.role for each in own])
-            yield self._held(update, phase, accumulated, kept, working, gathered, self._features(phase))
-        yield self._backward(update, used, kept, accumulated)
+                    if not self.networks[each.role].plan.recompute:
+                        working = {}  # what it works with is what it keeps
+                gathered = self._gathered(used, [each.role])
+                found.append(self._held(update, phase, accumulated, kept, working, gathered, replay, features))
+            yield max(found, key=lambda moment: moment.total)
+        yield max(self._backward(update, used, kept, accumulated), key=lambda moment: moment.total)
 
     def _backward(
         self, update: Update, used: list[str], kept: dict[tuple[str, str], int], accumulated: dict[tuple[str, str], int]
-    ) -> Moment:
-        differentiated = [each for each in update.passes if each.gradient]
-        largest = max(differentiated, key=self._working_back)
-        role, network = largest.role, self.networks[largest.role]
-        segments = sum(each.count for each in differentiated if each.role == role)
-        compute = BYTES[network.plan.compute_dtype]
-        unit = max(network.gathered)
-        whole = network.parameters.count * compute
-        working = {
-            ("working", role): self._working_back(largest),
-            ("gradients", role): (whole if segments > 1 else unit) + self._reduced(role),
-            ("reduction", role): max(network.reduced) if network.shards > 1 else 0,
-        }
-        features = self._features("predictor" if any(each.role == "predictor" for each in differentiated) else "")
-        gathered = self._gathered(used, update.trained)
-        return self._held(update, "backward", accumulated, kept, working, gathered, features)
+    ) -> Iterator[Moment]:
+        """Moments of backward, network by network from the last on: when the first of its passes goes backward, and
+        when its last one does, whose gradients are then whole."""
+        phase = "replay" if update.name == "replay" else "predictor"
+        for role in reversed(list(kept)):
+            passes_of = [each for each in update.passes if each.gradient and each.role == role[1]]
+            largest = max(passes_of, key=self._working_back)
+            working = {("working", role[1]): self._working_back(largest)}
+            gathered, replay = self._gathered(used, [role[1]]), self._replay(update, phase)
+            features = self._features(phase) if role[1] == "predictor" else {}
+            first = {**kept, role: kept[role] - self._kept_by_head(largest)}
+            yield self._held(update, "backward", accumulated, first, working, gathered, replay, features)
+            segments = sum(each.count for each in passes_of)
+            last = {**kept, role: round(kept[role] / segments / max(1, largest.blocks))}
+            others = {key: count for key, count in accumulated.items() if key[1] != role[1]}
+            gradients = self._gradients(update, role[1], segments)
+            yield self._held(update, "backward", others, last, working, gathered, replay, gradients)
+            del kept[role]
+
+    def _gradients(self, update: Update, role: str, segments: float) -> dict[tuple[str, str], int]:
+        """At the end of a network's backward: reduced to shards, one unit on its way; or whole and fp32, where earlier
+        micro-batches wait to be reduced with the last. Where segments add up, once more in the compute dtype: of the
+        micro-batches that wait, not the first, whose fp32 copy takes its place, nor the last, which is reduced."""
+        network, count = self.networks[role], update.micro_batches
+        waits = count > 1 and not network.plan.sync_every_micro_batch
+        adds_up = segments > 1 and (count > 2 or not waits)
+        unreduced = network.parameters.count * BYTES[network.plan.compute_dtype] if adds_up else 0
+        held = network.parameters.count * WIDE if waits else self._reduced(role)
+        reduction = max(network.reduced) if network.shards > 1 and not waits else 0
+        return {("gradients", role): unreduced + held, ("reduction", role): reduction}
+
+    def _kept_by_head(self, each: Pass) -> int:
+        """What backward has freed when it comes to the last block."""
+        if each.role == "predictor":
+            return 0
+        return outer_kept(self.recipe, replace(each, text=False)) if each.text else 0
+
+    def _replay(self, update: Update, phase: str) -> dict[tuple[str, str], int]:
+        """Pairs of the rank's samples: cleared when a generator update begins, and filled micro-batch by micro-batch;
+        a replay update makes a second copy, of all its micro-batches."""
+        if "predictor" not in self.roles.trained:
+            return {}
+        one, count = self.stage.batch.micro_size * replay_pair(self.recipe), update.micro_batches
+        if update.name == "replay":
+            return {("replay cache", "predictor"): 2 * count * one}
+        filled = update.name != "generator" or phase == "predictor"
+        return {("replay cache", "predictor"): (count if filled else count - 1) * one}
 
     def _reduced(self, role: str) -> int:
         network = self.networks[role]
@@ -174,7 +210,7 @@ class _Ledger:
         found = {}
         for role in dict.fromkeys((*used, *now, *self.networks)):
             network = self.networks[role]
-            if not network.resharded and role != "text":
+            if not network.resharded:
                 found["gathered", role] = sum(network.gathered)
             elif role in now:
                 found["gathered", role] = _passing(network)
@@ -191,16 +227,16 @@ class _Ledger:
             return {}
         recipe, batch = self.recipe, self.stage.batch.micro_size
         video, compute = recipe.video, BYTES[recipe.parallel.compute_dtype]
-        tokens = video.latent_frames * frame_tokens(recipe)
         length = video.frames_per_segment * frame_tokens(recipe)
         supervised = len(supervised_segments(video.latent_frames // video.frames_per_segment, recipe.foresight.offsets))
         wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
-        features = batch * tokens * recipe.teacher.dim
         targets = batch * supervised * length * recipe.teacher.dim
         if phase == "encoder":
-            return {("features", "teacher"): features * (compute + (wide if wide > compute else 0)) + 2 * targets * wide}
+            return {("features", "teacher"): targets * wide}
         states = batch * supervised * length * recipe.generator.dim * compute
         compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
+        if phase == "replay":
+            return {("features", "predictor"): compared}
         return {("features", "teacher"): targets * wide, ("features", "predictor"): states + compared}
 
     # --- one pass ----------------------------------------------------------------------------------------------------
@@ -222,7 +258,7 @@ class _Ledger:
         """Bytes of one forward's own tensors at their most, beside what it keeps for backward."""
         compute = BYTES[self.recipe.parallel.compute_dtype]
         if each.role == "predictor":
-            return each.batch * each.tokens * self.recipe.generator.dim * compute * 4
+            return each.batch * each.tokens * self.recipe.generator.dim * compute * 2
         if each.role == "text":
             return each.tokens * self.recipe.text.dim * 16 * compute
         network = network_of(each.role, self.recipe)

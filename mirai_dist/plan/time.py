@@ -72,7 +72,7 @@ def of_update(
         if each.gradient:
             again = 1 if recomputed and each.role != "predictor" else 0
             found["backward"] += times * (2 + again) * elementwise(recipe, each) / moves
-    waiting = {phase: 0.0 for phase in found}
+    waiting = dict.fromkeys(found, 0.0)
     for (phase, collective), each in moved.items():
         waiting[phase] += seconds_of(collective, each, machine)
     hidden = 1.0 if recipe.parallel.unit == "block" else 0.0

@@ -122,7 +122,7 @@ class Follower:
         nested, root = network.gathered[:-1], network.gathered[-1]
         times = sum(each.count for each in passes)
         leaky = role == "generator" and self.recipe.rollout.kv_grad == "leaky"
-        # The root's inputs have no gradient, so it stays gathered to the end of backward; leaked keys have, and free it.
+        # The root's inputs have no gradient, so it stays gathered to the end of backward; leaked keys would free it.
         rooted = times if leaky else 1
         spared = 0 if network.resharded else 1  # what forward left gathered
         if network.shards > 1:

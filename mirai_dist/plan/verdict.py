@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mirai_dist.config import Resolved
 from mirai_dist.config.error import RecipeError
 from mirai_dist.config.schema import Recipe
-from mirai_dist.plan.estimate import Cluster, Plan, plan
+from mirai_dist.plan.estimate import Cluster, Plan, arms_of, plan
 from mirai_dist.plan.gpus import GIB
 
 Arms = Mapping[str, Recipe]
@@ -48,6 +49,26 @@ def refusal(found: Plan) -> str:
     what += f"{found.cluster.limit / GIB:.4g} are there"
     change = found.change or "nothing tried makes it fit: other networks, or a shorter video"
     return f"{what}; {change}"
+
+
+def headline(found: Plan) -> str:
+    """One line of a plan, for the start of a run."""
+    peak = f"plan: {found.peak / GIB:.3g} GiB a rank"
+    if found.headroom is not None and found.cluster.limit is not None:
+        peak += f" of {found.cluster.limit / GIB:.3g}, most in {found.worst.title} {found.worst.peak.phase}"
+    if found.seconds_a_cycle is not None and found.gpu_hours is not None:
+        peak += f"; {found.seconds_a_cycle:.3g} s a cycle, {found.gpu_hours:,.3g} GPU-hours"
+    return f"{peak} (predicted)"
+
+
+def refuse_over(resolved: Resolved, cluster: Cluster) -> Plan:
+    """The plan of a run about to start. RecipeError where it is over the cluster's limit, unless the recipe says
+    `parallel.over_memory: warn`."""
+    found = judged(resolved.recipe, cluster, arms_of(resolved))
+    if found.fits is False and resolved.recipe.parallel.over_memory == "refuse":
+        what = f"{refusal(found)}; parallel.over_memory=warn starts it all the same"
+        raise RecipeError("plan", what)
+    return found
 
 
 def smallest_change(recipe: Recipe, cluster: Cluster, arms: Arms) -> str:
@@ -106,7 +127,8 @@ def _changes(arms: Arms, cluster: Cluster) -> Iterator[Change]:
         yield section("parallel.unit=block", "a gather for each block", unit="block")
     if parallel.recompute == "none":
         yield section("parallel.recompute=block", "blocks run once more in backward", recompute="block")
-    accumulates = any(stage.batch.global_size > cluster.ranks * stage.batch.micro_size for stage in first.stages.values())
+    batches = [stage.batch for stage in first.stages.values()]
+    accumulates = any(batch.global_size > cluster.ranks * batch.micro_size for batch in batches)
     if accumulates and not parallel.sync_every_micro_batch:
         yield section(
             "parallel.sync_every_micro_batch=true", "a reduction for each micro-batch", sync_every_micro_batch=True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from mirai_dist.plan.gpus import GIB
 from mirai_dist.plan.verdict import judged, refusal
 from mirai_launch import console
 
-TERA = 1e12
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="recipe file")
@@ -26,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=_count, default=8, help="GPUs, and ranks, a node (default: 8)")
     parser.add_argument("--gpu", default="h100-80gb", help=f"one of {', '.join(gpus.GPUS)} (default: h100-80gb)")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU instead of the table's: 80GiB")
-    parser.add_argument("--network", metavar="SIZE", help="bandwidth of a node's network, a second (default: 50GB a GPU)")
+    parser.add_argument("--network", metavar="SIZE", help="bandwidth of a node's network a second (50GB a GPU)")
     parser.add_argument("--storage", metavar="SIZE", default="2GB", help="bandwidth of storage a node, a second")
     parser.add_argument("--sweep", action="store_true", help="compare numbers of nodes up to --nodes, and mesh shapes")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -79,14 +78,27 @@ def _print(found: Plan, gpu: str) -> None:
     console.say(f"{found.name} on {shape}: {cluster.ranks} ranks, {found.replicas} replicas x {shards} shards", "bold")
     if cluster.gpu is None:
         near = ", ".join(gpus.nearest(gpu))
-        console.say(f"{gpu} is not in the table of GPUs (nearest: {near}): no seconds, no MFU; --gpu-memory sets a limit")
-    for stage in found.stages:
+        what = f"{gpu} is not in the table of GPUs (nearest: {near})"
+        console.say(f"{what}: no seconds and no MFU; --gpu-memory sets a limit", "yellow")
+    for stage in shown(found):
         console.table(f"{stage.title}: memory of a rank, GiB", *_memory(stage))
+        roles = ", ".join(f"{role} {_gib(count)}" for role, count in stage.peak.by_role().items())
+        console.say(f"  at the peak, in {stage.peak.update} {stage.peak.phase}: {roles}")
         console.table(f"{stage.title}: a cycle of a rank (expected)", *_phases(stage, cluster))
     console.table("the run", ("", "value"), _summary(found))
     for line in found.assumptions:
         console.say(f"  assumed: {line}", "dim")
     console.say(*verdict(found))
+
+
+def shown(found: Plan) -> list[StagePlan]:
+    """Stages with tables of their own: of the arms of a dmd stage, the one that needs most."""
+    largest: dict[str, StagePlan] = {}
+    for stage in found.stages:
+        before = largest.get(stage.name)
+        if before is None or before.peak.total < stage.peak.total:
+            largest[stage.name] = stage
+    return list(largest.values())
 
 
 def verdict(found: Plan) -> tuple[str, str]:
@@ -99,15 +111,13 @@ def verdict(found: Plan) -> tuple[str, str]:
 
 
 def _memory(stage: StagePlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: what is held in each phase, and at the peak by role."""
+    """Header and rows: what is held in each phase."""
     columns = list(dict.fromkeys(what for moment in stage.moments for what in moment.by_what()))
     rows = []
     for moment in stage.moments:
         held = moment.by_what()
         name = moment.phase if moment.update in (moment.phase, stage.kind) else f"{moment.update} {moment.phase}"
         rows.append((name, *(_gib(held.get(what, 0)) for what in columns), _gib(moment.total)))
-    roles = ", ".join(f"{role} {_gib(count)}" for role, count in stage.peak.by_role().items())
-    rows.append((f"peak by role: {roles}", *("" for _ in columns), _gib(stage.peak.total)))
     return ("phase", *columns, "sum"), rows
 
 
@@ -126,16 +136,16 @@ def _phases(stage: StagePlan, cluster: Cluster) -> tuple[tuple[str, ...], list[t
         rows.append(
             (
                 phase,
-                f"{counted.dense / TERA:,.1f}" if counted else "",
-                f"{counted.attention / TERA:,.1f}" if counted else "",
+                _si(counted.dense) if counted else "",
+                _si(counted.attention) if counted else "",
                 *_wire(wire),
                 *((f"{seconds.compute:.2f}", f"{seconds.exposed:.2f}") if seconds else ("", "")),
             )
         )
     flops = [sum(getattr(each, kind) for each in stage.flops.values()) for kind in ("dense", "attention")]
     last = (f"{stage.seconds_a_cycle:.2f}", "") if stage.seconds_a_cycle is not None else ("", "")
-    rows.append(("all", *(f"{each / TERA:,.1f}" for each in flops), *_wire(total), *last))
-    header = ("phase", "dense TF", "attention TF", "GB in node", "GB node to net", "s computing", "s waiting")
+    rows.append(("all", *map(_si, flops), *_wire(total), *last))
+    header = ("phase", "dense FLOPs", "attention FLOPs", "bytes in node", "node to network", "s computing", "s waiting")
     return header, rows
 
 
@@ -144,7 +154,7 @@ def _mesh(stage: StagePlan, cluster: Cluster) -> tuple[int, int]:
 
 
 def _wire(wire: traffic.Wire) -> tuple[str, str]:
-    return f"{wire.intra / 1e9:,.1f}", f"{wire.inter / 1e9:,.1f}"
+    return _si(wire.intra), _si(wire.inter)
 
 
 def _summary(found: Plan) -> list[tuple[str, str]]:
@@ -198,7 +208,8 @@ def shapes_of(cluster: Cluster) -> list[int]:
 
 
 def _print_sweep(resolved: Resolved, rows: list[Plan | dict[str, Any]]) -> None:
-    header = ("nodes", "replicas x shards", "micro-batches", "peak GiB", "verdict", "s a cycle", "GPU-hours", "GB to net")
+    header = ("nodes", "replicas x shards", "micro-batches", "peak GiB", "verdict")
+    header += ("s a cycle", "GPU-hours", "node to network")
     cells = []
     for row in rows:
         if not isinstance(row, Plan):
@@ -218,7 +229,7 @@ def _print_sweep(resolved: Resolved, rows: list[Plan | dict[str, Any]]) -> None:
                 fits,
                 "" if row.seconds_a_cycle is None else f"{row.seconds_a_cycle:.1f}",
                 "" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}",
-                f"{moved.inter / 1e9:,.1f}",
+                _si(moved.inter),
             )
         )
     console.table(f"{resolved.recipe.name}: model, not measured", header, cells)
@@ -283,11 +294,20 @@ def _stage_as_dict(stage: StagePlan, cluster: Cluster) -> dict[str, Any]:
             }
             for (phase, collective), each in moved.items()
         ],
-        "seconds": {p: {"computing": s.compute, "waiting": s.exposed} for p, s in (stage.seconds or {}).items()} or None,
+        "seconds": {phase: asdict(each) for phase, each in stage.seconds.items()} if stage.seconds else None,
         "seconds_a_cycle": stage.seconds_a_cycle,
         "checkpoint_bytes": stage.saved,
         "trajectories_flops": stage.preparation.total,
     }
+
+
+def _si(value: float) -> str:
+    """Three digits and a prefix: 1.65 P, 58.4 G."""
+    power = 0 if value < 1 else min(int(math.log10(value)) // 3, len(PREFIXES) - 1)
+    return f"{value / 1000**power:.3g} {PREFIXES[power]}" if value else "0"
+
+
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
 def _gib(count: int | None) -> str:

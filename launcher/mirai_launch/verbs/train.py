@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mirai_dist.config import files, load, rundir
 from mirai_dist.config.rules import check_layout
+from mirai_dist.plan.host import here
+from mirai_dist.plan.verdict import refuse_over
 from mirai_launch import local
 
 
@@ -30,17 +32,20 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
 
     Ranks that a launcher has started already check for themselves, and tell once what each of them would tell here.
     """
-    recipe, run_dir = None, arguments.run_dir
+    resolved, recipe, run_dir = None, None, arguments.run_dir
     if run_dir is None or local.started_ranks(os.environ) is None:
         resolved = load(arguments.recipe, arguments.overrides)
         recipe = resolved.recipe
         files.check(recipe, resolved.origins)
         run_dir = run_dir or rundir.default(recipe)
     request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
-    launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
-    if recipe is not None:
+    gpus = local.visible_gpus(os.environ)
+    launch = local.prepare(request, os.environ, gpus)
+    if resolved is not None and recipe is not None:
         check_layout(recipe, launch.ranks)
         rundir.check(run_dir, recipe, arguments.resume)
+        if local.started_ranks(os.environ) is None:
+            refuse_over(resolved, here(launch.ranks, gpus > 0))
     return launch
 
 
