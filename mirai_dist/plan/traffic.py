@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from mirai_dist.config.schema import Recipe, Stage
 from mirai_dist.method.arithmetic import PRESETS
@@ -63,19 +64,21 @@ class Sharded:
     plan: ShardPlan
     shards: int
 
-    @property
+    @cached_property
     def gathered(self) -> tuple[int, ...]:
         """Bytes of each unit once gathered, in the plan's order (the root last)."""
         return tuple(n * BYTES[self.plan.compute_dtype] for n in self._padded)
 
-    @property
+    @cached_property
     def reduced(self) -> tuple[int, ...]:
         """Bytes of each unit's whole gradient, as it is reduced."""
         return tuple(n * BYTES["float32"] for n in self._padded)
 
-    @property
+    @cached_property
     def _padded(self) -> tuple[int, ...]:
-        return tuple(padded(unit, self.shards) for unit in self.parameters.units(self.plan))
+        *nested, root = self.parameters.units(self.plan)
+        block = padded(self.parameters.block, self.shards)  # all nested units are blocks
+        return (*(block for _ in nested), padded(root, self.shards))
 
     @property
     def resharded(self) -> bool:

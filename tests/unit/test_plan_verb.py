@@ -48,7 +48,8 @@ def test_json_holds_what_people_read(capsys: pytest.CaptureFixture[str]) -> None
     assert found["fits"] is True and found["gpu"] == "h100-80gb"
     assert sum(each["bytes"] for each in largest["held"]) == largest["bytes"] < found["peak_bytes"]
     assert found["headroom_bytes"] == found["limit_bytes"] - found["peak_bytes"]
-    assert sum(s["compute"] + s["exposed"] for s in stage["seconds"].values()) == pytest.approx(found["seconds_a_cycle"])
+    seconds = sum(each["compute"] + each["exposed"] for each in stage["seconds"].values())
+    assert seconds == pytest.approx(found["seconds_a_cycle"])
     assert found["gpu_hours"] == pytest.approx(found["seconds"] * 64 / 3600)
 
 
@@ -57,7 +58,8 @@ def test_an_unknown_gpu_is_never_guessed(capsys: pytest.CaptureFixture[str]) -> 
     assert "h100 is not in the table of GPUs (nearest: " in text and "h100-80gb" in text
     assert "GPU-hours" not in text and "s a cycle" not in text
     assert text.rstrip().splitlines()[-1].endswith("no limit is known, set one with --gpu-memory")
-    found = json.loads(printed(capsys, TINY, "--gpus-per-node", 2, "--gpu", "h100", "--gpu-memory", "1 MiB", "--json", code=1))
+    unknown = ["--gpus-per-node", 2, "--gpu", "h100", "--gpu-memory", "1 MiB", "--json"]
+    found = json.loads(printed(capsys, TINY, *unknown, code=1))
     assert found["fits"] is False and found["limit_bytes"] == 1 << 20
     assert found["gpu"] is found["seconds_a_cycle"] is found["gpu_hours"] is found["stages"][0]["seconds"] is None
 
@@ -112,7 +114,8 @@ def test_several_changes_where_one_is_not_enough(capsys: pytest.CaptureFixture[s
     text = printed(capsys, WAN, "--gpu", "a100-40gb", *wasteful, code=1).rstrip().splitlines()[-1]
     changes = text.rpartition("; ")[2].split()
     assert "parallel.recompute=block" in changes and "parallel.reshard_after_forward=true" in changes
-    assert printed(capsys, WAN, "--gpu", "a100-40gb", *wasteful, *changes).rstrip().splitlines()[-1].startswith("fits: ")
+    better = printed(capsys, WAN, "--gpu", "a100-40gb", *wasteful, *changes)
+    assert better.rstrip().splitlines()[-1].startswith("fits: ")
 
 
 def test_more_ranks_are_a_change_too() -> None:
@@ -235,7 +238,7 @@ def test_no_torch_is_imported() -> None:
     code = (
         "import sys; from mirai_launch.__main__ import main\n"
         f"assert main(['plan', {str(WAN)!r}, '--sweep']) == 0\n"
-        "sys.exit(str({'torch', 'numpy', 'triton'} & set(sys.modules)) if {'torch', 'numpy', 'triton'} & set(sys.modules) else 0)"
+        "heavy = {'torch', 'numpy', 'triton'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
     )
     paths = [str(ROOT), str(ROOT / "launcher"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
