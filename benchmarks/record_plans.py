@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from mirai_dist.config import load
 from mirai_dist.plan.estimate import Cluster, Plan, arms_of
@@ -48,7 +49,7 @@ def main() -> None:
         "",
         f"    {command}",
         "",
-        f"Commit {commit.stdout.strip()}. Nodes and GPUs as the recipe's name says. The JSON beside this has every phase.",
+        f"Commit {commit.stdout.strip()}. Nodes and GPUs as the recipe's name says. Phases are in the JSON.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in (HEADER, tuple("---" for _ in HEADER), *rows)),
         "",
@@ -57,8 +58,16 @@ def main() -> None:
         *dict.fromkeys(f"- {line}" for _, found in plans for line in found.assumptions),
     ]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    data = {"command": command, "commit": commit.stdout.strip(), "plans": [as_dict(found) for _, found in plans]}
+    kept = [_kept(found) for _, found in plans]
+    data = {"command": command, "commit": commit.stdout.strip(), "plans": kept}
     stem.with_suffix(".json").write_text(json.dumps(data, separators=(",", ":")) + "\n")
+
+
+def _kept(found: Plan) -> dict[str, Any]:
+    """Everything for the first device; of the others what differs."""
+    whole = as_dict(found)
+    first = found.cluster.gpu is GPUS[DEVICES[0]]
+    return whole if first else {key: value for key, value in whole.items() if key not in ("stages", "assumptions")}
 
 
 def _row(path: Path, found: Plan) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mirai_dist.config import schema
 from mirai_dist.plan import memory
@@ -35,8 +36,23 @@ class Nobody(nullcontext):
     def restart(self) -> None: ...
 
 
+class CudaPeak(nullcontext):
+    """What the caching allocator says."""
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def restart(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+Follower = LiveBytes | Nobody | CudaPeak
+
+
 @contextmanager
-def phases_of(stage: Any, follower: LiveBytes | Nobody, found: dict[str, int]) -> Iterator[None]:
+def phases_of(stage: Any, follower: Follower, found: dict[str, int]) -> Iterator[None]:
     """Notes the peak of every phase but "data", which is the procedural world's and nobody plans."""
     enter = stage.ledger.phase
 
@@ -53,7 +69,7 @@ def phases_of(stage: Any, follower: LiveBytes | Nobody, found: dict[str, int]) -
         yield
 
 
-def measured(recipe: schema.Recipe, name: str, follower: LiveBytes | Nobody) -> dict[str, int]:
+def measured(recipe: schema.Recipe, name: str, follower: Follower) -> dict[str, int]:
     """Peak of each position of a second cycle, when moments and averages are there."""
     found: dict[str, int] = {}
     with follower, tiny.lively():
@@ -66,10 +82,10 @@ def measured(recipe: schema.Recipe, name: str, follower: LiveBytes | Nobody) -> 
     return found
 
 
-def planned(recipe: schema.Recipe, name: str) -> dict[str, int]:
+def planned(recipe: schema.Recipe, name: str, ranks: int = RANKS) -> dict[str, int]:
     """Bytes of the largest moment of each position."""
     replicas, found = recipe.parallel.replicas, dict[str, int]()
-    for moment in memory.moments(recipe, recipe.stages[name], (replicas, RANKS // replicas)):
+    for moment in memory.moments(recipe, recipe.stages[name], (replicas, ranks // replicas)):
         position = {"generator": "generator", "critic": "critic", "replay": "critic"}.get(moment.update, "update")
         found[position] = max(found.get(position, 0), moment.total)
     return found
@@ -102,6 +118,31 @@ def test_the_peak_of_each_update(threads: Any, name: str, overrides: list[str]) 
     recipe = tiny.recipe(*LARGE, *overrides)
     found = threads(RANKS, 2 * tiny.TIMEOUT)(lambda rank: measured(recipe, name, Nobody() if rank else LiveBytes()))[0]
     wanted = planned(recipe, name)
+    assert wanted.keys() == found.keys()
+    for position, peak in found.items():
+        assert wanted[position] == pytest.approx(peak, rel=0.10), position
+
+
+WAN_LIKE = [
+    *("video.latent_height=60", "video.latent_width=104", "video.latent_frames=9", "video.frames_per_segment=3"),
+    *("teacher.dim=1024", "teacher.ffn_dim=2816", "teacher.heads=8", "teacher.blocks=8"),
+    *("generator.dim=768", "generator.ffn_dim=4480", "generator.heads=6", "generator.blocks=8"),
+    *("parallel.compute_dtype=bfloat16", "dmd.critic_updates=1", "stages.distil.batch.global_size=2"),
+]
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu() -> None:
+    """One rank, at Wan's tokens a frame and head width."""
+    recipe = tiny.recipe(*LARGE, *WAN_LIKE, *SAVING)
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with mock.patch.object(tiny, "CPU", torch.device("cuda", 0)):
+            found = measured(recipe, "distil", CudaPeak())
+    finally:
+        dist.destroy_process_group()
+    wanted = planned(recipe, "distil", ranks=1)
     assert wanted.keys() == found.keys()
     for position, peak in found.items():
         assert wanted[position] == pytest.approx(peak, rel=0.10), position
