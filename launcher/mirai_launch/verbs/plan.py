@@ -124,8 +124,8 @@ def _memory(stage: StagePlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def _phases(stage: StagePlan, cluster: Cluster) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows, mesh = [], _mesh(stage, cluster)
     total = traffic.Wire()
-    names = dict.fromkeys([*stage.flops, *(phase for phase, _ in stage.moved), *(stage.seconds or {})])
-    for phase in names:
+    names = [*stage.flops, *(phase for phase, _ in stage.moved), *(stage.seconds or {})]
+    for phase in sorted(set(names), key=names.index):
         counted = stage.flops.get(phase)
         wire = traffic.Wire()
         for (where, collective), moved in stage.moved.items():
