@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mirai_dist.config import load
-from mirai_dist.plan.estimate import Cluster, Plan, arms_of
+from mirai_dist.plan.estimate import Cluster, Plan, variants_of
 from mirai_dist.plan.gpus import GIB, GPUS
 from mirai_dist.plan.verdict import judged
 from mirai_launch.verbs.plan import as_dict
@@ -37,7 +37,7 @@ def main() -> None:
         resolved = load(path)
         nodes, gpus = map(int, path.stem.rpartition("-")[2].split("x"))
         for device in DEVICES:
-            found = judged(resolved.recipe, Cluster(nodes, gpus, GPUS[device]), arms_of(resolved))
+            found = judged(resolved.recipe, Cluster(nodes, gpus, GPUS[device]), variants_of(resolved))
             plans.append((path, found))
     stem = REPORTS / f"{options.date}-{options.name}"
     command = f"python benchmarks/record_plans.py {options.folder} {options.date} {options.name}"

@@ -42,6 +42,16 @@ def markdown(report: Report) -> list[str]:
     lines += [f"- machine: {made.machine}", f"- recipe digest: {made.recipe_digest}"]
     lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in made.versions.items())}"]
     lines += [f"- seeds: {report.seeds}", "", *(f"{sentence}" for sentence in summary(report)), ""]
+    lines += ["What each stage buys (score, paired over prompts):", ""]
+    lines += _table(
+        ["stage", "kind", "starts from", "frames a segment", "cycles", "seconds", "score", "gain [95 %]"],
+        [
+            [s.name, s.kind, s.parent or "-", str(s.frames_per_segment or "all"), str(s.cycles), f"{s.seconds:.0f}",
+             f"{s.score:.3f}", _interval(s.gain)]
+            for s in report.steps
+        ],
+    )
+    lines += [""]
     columns = list(report.quality[0].cells)
     difference = f"{report.treatment} - {report.baseline} [95 %]"
     lines += _table(

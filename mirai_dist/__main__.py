@@ -24,6 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, required=True, help="recipe file")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto: go on where a run stopped")
+    parser.add_argument("--only", action="append", default=[], metavar="STEP", help="do these steps of the run alone")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of recipe keys")
     return parser.parse_args(arguments)
 
@@ -34,23 +35,30 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.config.digest import to_yaml
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
+    from mirai_dist.config.steps import REPORT, chosen
+    from mirai_dist.cycle.attending import check_attention
     from mirai_dist.cycle.budget import budget
+    from mirai_dist.cycle.chain import run_chain
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
-    from mirai_dist.cycle.pipeline import Place, run_pipeline
+    from mirai_dist.cycle.pipeline import Place
     from mirai_dist.cycle.study import check_reportable, report
     from mirai_dist.observe.console import Console
     from mirai_dist.runtime import bootstrap
 
     resolved = load(options.recipe, options.overrides)
+    steps = chosen(resolved.recipe, options.only)
     ranks = bootstrap.start()
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
-    files.check(resolved.recipe, resolved.origins)
-    check_layout(resolved.recipe, ranks.world_size)
+    for variant in resolved.variants():
+        files.check(variant.recipe, variant.origins)
+        check_layout(variant.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
+    for variant in (*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)):
+        check_attention(variant.recipe, ranks.device)
     planned = budget(resolved, ranks)
-    used = dump(effective(resolved.recipe, ranks.world_size, ranks.device.type))
+    used = dump(effective(resolved, ranks.world_size, ranks.device.type))
     claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
     try:
@@ -59,9 +67,10 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         for line in used.splitlines():
             console.say(f"  {line}")
         place = Place(ranks, options.run_dir, console, stop)
-        run_pipeline(resolved, place)
+        run_chain(resolved, place, steps)
         with stop.raising(Stopped("stopped before the report was written; run the same command to write it")):
-            report(resolved, place)
+            if REPORT in steps or not options.only:
+                report(resolved, place)
     finally:
         console.close()
     bootstrap.stop(ranks)

@@ -15,13 +15,15 @@ CPU_RANKS = 2
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked `mirai train` for. `nproc` None: as many ranks as there are GPUs, else two."""
+    """What the user asked `mirai train` for. `nproc` None: as many ranks as there are GPUs, else two; `only` empty:
+    all steps."""
 
     recipe: Path
     run_dir: Path
     resume: str = "auto"
     nproc: int | None = None
     overrides: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def prepare(request: Request, env: Mapping[str, str], gpus: int) -> Launch:
     gpus: how many this process sees. Variables the site has set are kept as they are.
     """
     ours = ["-m", "mirai_dist", "--recipe", str(request.recipe), "--run-dir", str(request.run_dir)]
-    ours += ["--resume", request.resume, *request.overrides]
+    ours += ["--resume", request.resume, *(f"--only={step}" for step in request.only), *request.overrides]
     started = started_ranks(env)
     if started is not None:
         if request.nproc not in (None, started):

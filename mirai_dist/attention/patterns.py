@@ -1,7 +1,8 @@
-"""Which tokens see which, as dense calls over segments: no mask is ever built.
+"""Which tokens see which: dense attention, and two rules over segments, by whatever backend the run has chosen.
 
-Every pattern here is a union of (queries of one segment) x (a prefix of keys), so each is exact with any
-backend that computes dense attention, and each is differentiable wherever that backend is.
+A rule over segments is a union of (queries of one segment) x (runs of keys), so it is exact as dense calls over
+segments with any backend of dense attention, and differentiable wherever that backend is: no mask is ever built.
+A backend that computes a whole rule in one call stands in the same place (`Segments`).
 """
 
 from __future__ import annotations
@@ -12,51 +13,84 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mirai_dist.attention.sdpa import dense
+from mirai_dist.attention import sdpa
 
 
 class Pattern(Protocol):
-    """Attention of queries, keys and values [B, tokens, heads, head_dim] under one visibility rule."""
+    """Attention of queries, keys and values [B, tokens, heads, head_dim] under one visibility rule.
+
+    Under the rule of dense attention every query sees every key, and keys may outnumber queries.
+    """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Full:
-    """Every query sees every key: bidirectional networks, and a segment with its past."""
+class Segments(Protocol):
+    """Attention over tokens that stand segment after segment, whole segments of `segment_tokens` tokens."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dense(q, k, v)
+    def causal(self, segment_tokens: int) -> Pattern:
+        """A token sees its own segment and all earlier ones (diffusion forcing)."""
+        ...
+
+    def teacher_forced(self, segment_tokens: int) -> Pattern:
+        """Doubled sequence [clean | noisy]: a noisy segment sees the clean segments before it and itself.
+
+        Clean segments see clean segments up to their own and never anything noisy (spec 1.9, teacher forcing).
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class SegmentCausal:
-    """A token sees its own segment and all earlier ones (diffusion forcing)."""
+    """A token sees its own segment and all earlier ones: a dense call a segment."""
 
     segment_tokens: int
+    dense: Pattern = sdpa.dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ends = range(self.segment_tokens, q.shape[1] + 1, self.segment_tokens)
-        parts = [dense(q[:, end - self.segment_tokens : end], k[:, :end], v[:, :end]) for end in ends]
+        parts = [self.dense(q[:, end - self.segment_tokens : end], k[:, :end], v[:, :end]) for end in ends]
         return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
 class TeacherForced:
-    """Doubled sequence [clean | noisy]: a noisy segment sees the clean segments before it and itself.
-
-    Clean segments see clean segments up to their own and never anything noisy (spec 1.9, teacher forcing).
-    """
+    """Doubled sequence [clean | noisy]: a dense call a segment; a noisy one copies the keys before it."""
 
     segment_tokens: int
+    dense: Pattern = sdpa.dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         half = q.shape[1] // 2
-        clean = SegmentCausal(self.segment_tokens)(q[:, :half], k[:, :half], v[:, :half])
+        clean = SegmentCausal(self.segment_tokens, self.dense)(q[:, :half], k[:, :half], v[:, :half])
         noisy = []
         for start in range(0, half, self.segment_tokens):
             own = slice(half + start, half + start + self.segment_tokens)
             keys = torch.cat((k[:, :start], k[:, own]), dim=1)
             values = torch.cat((v[:, :start], v[:, own]), dim=1)
-            noisy.append(dense(q[:, own], keys, values))
+            noisy.append(self.dense(q[:, own], keys, values))
         return torch.cat((clean, *noisy), dim=1)
+
+
+@dataclass(frozen=True)
+class BySegment:
+    """The rules over segments as dense calls: complete with any backend of those."""
+
+    dense: Pattern = sdpa.dense
+
+    def causal(self, segment_tokens: int) -> Pattern:
+        return SegmentCausal(segment_tokens, self.dense)
+
+    def teacher_forced(self, segment_tokens: int) -> Pattern:
+        return TeacherForced(segment_tokens, self.dense)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What a network attends with: dense calls, and rules over segments."""
+
+    dense: Pattern
+    segments: Segments
+
+
+TORCH = Backends(sdpa.dense, BySegment())  # works everywhere

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         known = f"it has {', '.join(stages)}" if stages else "it has none"
         what = f"the recipe has no stage {name!r} of kind ode that makes trajectories; {known}"
         raise RecipeError("--stage" if options.stage else str(options.recipe), what)
-    making = Making(resolved.recipe, name, options.run_dir or rundir.default(resolved.recipe))
+    making = Making(resolved.of_stage(name).recipe, name, options.run_dir or rundir.default(resolved.recipe))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with closing(part_console(making.folder, part)) as console:
         make(making, part, device, console)

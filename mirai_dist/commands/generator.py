@@ -14,6 +14,7 @@ from mirai_dist.commands.source import find_checkpoint
 from mirai_dist.config import FileError, RecipeError, Resolved, load, schema
 from mirai_dist.config.digest import digest
 from mirai_dist.config.kinds import MEANING, PRODUCES
+from mirai_dist.cycle.attending import backends_of
 from mirai_dist.cycle.encoders import text_of, vae_of
 from mirai_dist.cycle.roles import causal, kv_cache, rollout_settings, wan_shape
 from mirai_dist.data.conditions import Encoder
@@ -120,11 +121,8 @@ def chosen(wish: Wish) -> Chosen:
         raise RecipeError("--recipe", f"{source} {what}")
     else:
         found = find_checkpoint(source, wish.stage, wish.arm, wish.training_seed)
-        resolved, path = load(found.run_dir / "recipe.yaml"), found.path
+        resolved, path = found.resolved, found.path
         kind = resolved.recipe.stages[found.stage].kind
-        if found.arm:
-            overrides = resolved.recipe.study.arms[found.arm]
-            resolved = resolved.with_overrides(overrides, f"study.arms.{found.arm}")
     if wish.kind is not None:
         raise RecipeError("--kind", f"{path} records what it is ({PRODUCES.get(kind, kind)}); leave --kind out")
     _refuse_bidirectional(path, PRODUCES.get(kind, kind))
@@ -140,8 +138,9 @@ def sampler_of(choice: Chosen, device: torch.device) -> tuple[Sampler, str]:
     """The generator on `device`, in the recipe's compute dtype, ready to stream; and a digest of its weights."""
     recipe = choice.recipe
     vae = vae_of(recipe, device)
+    backends = backends_of(recipe, device, trained=False)
     with torch.device("meta"):
-        network = WanModel(wan_shape(recipe.generator, recipe))
+        network = WanModel(wan_shape(recipe.generator, recipe), backends)
     network = network.to(getattr(torch, recipe.parallel.compute_dtype)).to_empty(device=device)
     network.requires_grad_(False)
     if choice.checkpoint:

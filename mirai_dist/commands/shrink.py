@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from mirai_dist.commands import twin_files
@@ -15,6 +16,8 @@ from mirai_dist.config import FileError, RecipeError, Resolved, load
 from mirai_dist.config.digest import digest, to_yaml
 from mirai_dist.config.schema import Recipe
 from mirai_dist.config.source import shown_path
+from mirai_dist.data.latents import EMBEDDINGS, PROMPTS
+from mirai_dist.data.prompts import PromptFile
 from mirai_dist.observe.console import Console
 
 
@@ -36,10 +39,10 @@ def write(resolved: Resolved, ranks: int, out: Path) -> Path:
     """
     out = Path(os.path.abspath(out))
     refuse_occupied(out)
-    for key in ("latents", "ode_pairs"):
-        if getattr(resolved.recipe.data, key):
-            what = f"data.{key} has no tiny twin yet; shrink a recipe, or a part of it, without"
-            raise RecipeError(f"data.{key}", what)
+    for variant in resolved.variants():
+        if variant.recipe.data.ode_pairs:
+            what = "data.ode_pairs has no tiny twin; let the stage make its own trajectories (stages.X.trajectories)"
+            raise RecipeError(variant.origins["data.ode_pairs"], what)
     if resolved.recipe.text.encoder == "umt5":
         what = "an encoder held by the job has no tiny twin; shrink with text.encoder=store text.path=embeddings"
         raise RecipeError(resolved.origins["text.encoder"], what)
@@ -83,10 +86,21 @@ def write_files(published: Recipe, small: Recipe) -> None:
         twin_files.write_weights(entry, published, small)
     if small.data.prompts:
         twin_files.write_prompts(Path(small.data.prompts))
+    if small.data.latents:
+        twin_files.write_latents(Path(small.data.latents), small)
     if small.text.encoder == "store":
-        twin_files.write_embeddings(small)
+        for prompts, store in conditioned(small):
+            twin_files.write_embeddings(store, PromptFile(prompts), small)
     if small.vae.kind == "wan":
         twin_files.write_vae(Path(small.vae.path), small.seed)
+
+
+def conditioned(small: Recipe) -> Iterator[tuple[Path, Path]]:
+    """(prompt file, store of its embeddings) of everything that the twin is conditioned on."""
+    if small.data.prompts:
+        yield Path(small.data.prompts), Path(small.text.path)
+    if small.data.latents:
+        yield Path(small.data.latents) / PROMPTS, Path(small.data.latents) / EMBEDDINGS
 
 
 if __name__ == "__main__":

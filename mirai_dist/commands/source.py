@@ -22,14 +22,19 @@ _CHECKPOINTS, _SEED = "checkpoints", "seed-"
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint, and the training run that wrote it. `arm`: empty outside the dmd stage. `recipe`: the arm's."""
+    """A checkpoint, and the training run that wrote it. `arm`: empty outside the study's stage. `resolved`: the recipe
+    as this stage, or arm, has it."""
 
     path: Path
     run_dir: Path
     stage: str
     arm: str
     seed: int
-    recipe: Recipe
+    resolved: Resolved
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.resolved.recipe
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,16 @@ def find_checkpoint(source: Path, stage: str | None, arm: str | None, seed: int 
     if name not in resolved.recipe.stages:
         raise FileError(source, f"the run has no stage {name}; it has {_listed(resolved.recipe.stages)}")
     directory = run_dir / "stages" / name
-    if resolved.recipe.stages[name].kind == "dmd":
+    if name == resolved.recipe.study_stage:
         arm, seed = _training(source, resolved, wish)
-        directory, recipe = directory / arm / f"{_SEED}{seed}", _of_arm(resolved, arm)
+        directory, own = directory / arm / f"{_SEED}{seed}", resolved.of_arm(arm)
     else:
         if wish.arm is not None or wish.seed is not None:
             raise FileError(source, f"stage {name} has no arms and seeds; leave --arm and --seed out, or name another "
                                     f"stage with --stage ({_listed(resolved.recipe.stages)})")
-        arm, seed, recipe = "", resolved.recipe.seed, resolved.recipe
+        arm, seed, own = "", resolved.recipe.seed, resolved.of_stage(name)
     path = _checkpoint(directory / _CHECKPOINTS, run_dir, wish.checkpoint)
-    return Found(path, run_dir, name, arm, seed, recipe)
+    return Found(path, run_dir, name, arm, seed, own)
 
 
 def _run_of(source: Path) -> Path:
@@ -115,10 +120,6 @@ def _training(source: Path, resolved: Resolved, wish: _Wish) -> tuple[str, int]:
     if seed not in seeds:
         raise FileError(source, f"the run was not trained with seed {seed}; its seeds are {_listed(seeds)}")
     return arm, seed
-
-
-def _of_arm(resolved: Resolved, arm: str) -> Recipe:
-    return resolved.with_overrides(resolved.recipe.study.arms[arm], f"study.arms.{arm}").recipe
 
 
 def _checkpoint(root: Path, run_dir: Path, name: str | None) -> Path:

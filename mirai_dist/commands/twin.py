@@ -28,9 +28,9 @@ HEAD_DIM = 20  # rotates 8 channels with time, 6 with rows, 6 with columns: unev
 
 @dataclass(frozen=True)
 class Scale:
-    """What one recipe and its arms shrink by: segments of a rollout, divisor of the depths, widths in use."""
+    """What a recipe, its stages and arms shrink by: latent frames, divisor of the depths, widths in use."""
 
-    segments: int
+    frames: int
     blocks: int
     widths: tuple[int, ...]
     ranks: int
@@ -57,18 +57,23 @@ def twin(resolved: Resolved, ranks: int, folder: Path) -> Recipe:
     Raises RecipeError where the recipe itself cannot run on that many ranks.
     """
     recipe = resolved.recipe
-    check_layout(recipe, ranks)
-    arms = {
-        name: resolved.with_overrides(overrides, f"study.arms.{name}").recipe
-        for name, overrides in recipe.study.arms.items()
-    }
-    every = [recipe, *arms.values()]
-    scale = Scale(_segments(every), _block_divisor(every), _widths(recipe), ranks, folder)
-    overrides = {
-        name: _shrunken_overrides(recipe.study.arms[name], _shrunken(arm, scale)) for name, arm in arms.items()
-    }
+    for variant in resolved.variants():
+        check_layout(variant.recipe, ranks)
+    stages = {name: resolved.of_stage(name).recipe for name in recipe.stages}
+    arms = {name: resolved.of_arm(name).recipe for name in recipe.study.arms}
+    every = [recipe, *stages.values(), *arms.values()]
+    scale = Scale(_frames(every), _block_divisor(every), _widths(recipe), ranks, folder)
     small = _shrunken(recipe, scale)
-    return replace(small, study=replace(small.study, arms=overrides))
+    own = {
+        name: _shrunken_overrides(recipe.stages[name].overrides, _shrunken(stage, scale))
+        for name, stage in stages.items()
+    }
+    of_arms = {name: _shrunken_overrides(recipe.study.arms[name], _shrunken(arm, scale)) for name, arm in arms.items()}
+    return replace(
+        small,
+        stages={name: replace(stage, overrides=own[name]) for name, stage in small.stages.items()},
+        study=replace(small.study, arms=of_arms),
+    )
 
 
 def weight_path(entry: str, published: str, folder: Path) -> Path:
@@ -89,17 +94,20 @@ def is_pickled(published: str) -> bool:
 # --- what the recipe and all its arms must have in common ------------------------------------------------------
 
 
-def _segments(recipes: Sequence[Recipe]) -> int:
-    """Fewest segments in which every offset has a full and a cut target, every window slides, and motion shows."""
-    video = recipes[0].video
-    length, whole = video.frames_per_segment, video.latent_frames // video.frames_per_segment
-    measured = 0 if recipes[0].data.prompts else LEAST_FRAMES
-    wanted = [3, -(-measured // length)]
-    for recipe in recipes:
-        wanted.append(max(recipe.foresight.offsets) + 2)
-        if _slides(recipe):
-            wanted.append(_window_segments(recipe) + 1)
-    return min(whole, max(wanted))
+def _frames(recipes: Sequence[Recipe]) -> int:
+    """Fewest latent frames in which, in whole segments of each recipe, every offset has a full and a cut target, every
+    window slides, and motion shows."""
+    whole = math.lcm(*(recipe.video.frames_per_segment for recipe in recipes))
+    wanted = max(_segments(recipe) * recipe.video.frames_per_segment for recipe in recipes)
+    return min(recipes[0].video.latent_frames, -(-wanted // whole) * whole)
+
+
+def _segments(recipe: Recipe) -> int:
+    measured = 0 if recipe.data.prompts else LEAST_FRAMES
+    wanted = [3, -(-measured // recipe.video.frames_per_segment), max(recipe.foresight.offsets) + 2]
+    if _slides(recipe):
+        wanted.append(_window_segments(recipe) + 1)
+    return max(wanted)
 
 
 def _slides(recipe: Recipe) -> bool:
@@ -146,7 +154,7 @@ def _shrunken(recipe: Recipe, scale: Scale) -> Recipe:
         video=_video(recipe.video, scale),
         world=recipe.world if recipe.data.prompts else _world(recipe, scale),
         text=_text(recipe.text, scale.folder),
-        data=replace(recipe.data, prompts=str(scale.folder / "prompts.txt") if recipe.data.prompts else ""),
+        data=_data(recipe.data, scale.folder),
         vae=replace(recipe.vae, path=str(vae_path(recipe.vae.path, scale.folder)) if recipe.vae.path else ""),
         weights={
             name: replace(each, path=str(weight_path(name, each.path, scale.folder)), kind=_kind(name, recipe))
@@ -164,7 +172,12 @@ def _shrunken(recipe: Recipe, scale: Scale) -> Recipe:
             optimizer=_optimizer(recipe.foresight.optimizer),
         ),
         stages={name: _stage(stage, scale) for name, stage in recipe.stages.items()},
-        parallel=replace(recipe.parallel, replicas=min(recipe.parallel.replicas, RANKS)),
+        parallel=replace(
+            recipe.parallel,
+            replicas=min(recipe.parallel.replicas, RANKS),
+            attention="auto",  # what was named may need a GPU
+            segment_attention="auto",
+        ),
         checkpoint=replace(recipe.checkpoint, every_cycles=1),
         study=replace(recipe.study, seeds=recipe.study.seeds[:1]),
         evaluate=_evaluate(recipe.evaluate),
@@ -176,7 +189,7 @@ def _video(video: schema.Video, scale: Scale) -> schema.Video:
     wide = 2 if video.latent_width > video.latent_height else 0
     return replace(
         video,
-        latent_frames=scale.segments * video.frames_per_segment,
+        latent_frames=scale.frames,
         latent_height=min(video.latent_height, 4),
         latent_width=min(video.latent_width, 4 + wide),
     )
@@ -187,6 +200,11 @@ def _world(recipe: Recipe, scale: Scale) -> schema.World:
     world, whole, small = recipe.world, recipe.video, _video(recipe.video, scale)
     by = min(small.latent_height / whole.latent_height, small.latent_width / whole.latent_width)
     return replace(world, speed=world.speed * by, radius=world.radius * by, radius_jitter=world.radius_jitter * by)
+
+
+def _data(data: schema.Data, folder: Path) -> schema.Data:
+    prompts = str(folder / "prompts.txt") if data.prompts else ""
+    return replace(data, prompts=prompts, latents=str(folder / "latents") if data.latents else "")
 
 
 def _text(text: schema.Text, folder: Path) -> schema.Text:
@@ -222,13 +240,13 @@ def _rollout(recipe: Recipe, scale: Scale) -> schema.Rollout:
     rollout, length = recipe.rollout, recipe.video.frames_per_segment
     if not rollout.window_frames:
         return rollout
-    window = _window_segments(recipe) if _slides(recipe) else scale.segments
+    window = _window_segments(recipe) * length if _slides(recipe) else scale.frames
     longer = rollout.total_frames > recipe.video.latent_frames
     return replace(
         rollout,
-        window_frames=window * length,
+        window_frames=window,
         sink_frames=min(rollout.sink_frames, length),
-        total_frames=(scale.segments + 1) * length if longer else 0,
+        total_frames=scale.frames + length if longer else 0,
     )
 
 
@@ -240,7 +258,10 @@ def _stage(stage: schema.Stage, scale: Scale) -> schema.Stage:
         cycles=min(stage.cycles, CYCLES),
         batch=replace(stage.batch, micro_size=micro, global_size=together),
         trajectories=min(stage.trajectories, 4),
+        # weights that were trained for two cycles, or not at all, are measured and let pass
+        gate=replace(stage.gate, clips=min(stage.gate.clips, 2), failing=1.0) if stage.gate.clips else stage.gate,
         optimizer=_optimizer(stage.optimizer),
+        foresight=replace(stage.foresight, optimizer=_optimizer(stage.foresight.optimizer)),
         ema=replace(stage.ema, start_update=min(stage.ema.start_update, 1)),
     )
 

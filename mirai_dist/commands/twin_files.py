@@ -16,6 +16,7 @@ from mirai_dist.commands.twin import is_pickled
 from mirai_dist.config import FileError
 from mirai_dist.config.schema import Network, Recipe
 from mirai_dist.data import embeddings
+from mirai_dist.data.latents import CLEAN, Entry, Plan, StoreWriter
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.models.wan import model as wan_model
 from mirai_dist.models.wan.keys import WanShape, shapes_of
@@ -98,17 +99,34 @@ def write_official(folder: Path, tensors: dict[str, Tensor], sizes: WanShape, sh
 
 def write_prompts(path: Path) -> None:
     """A prompt file of a few lines."""
+    path.write_text("".join(f"{line}\n" for line in prompt_lines()), encoding="utf-8")
+
+
+def prompt_lines() -> list[str]:
     animals = ("a heron", "two otters", "an old dog", "a snow leopard")
     places = ("at dawn", "in rain", "by the sea", "at night")
     lines = [f"{animal} walks {place}, seen from the side" for animal in animals for place in places]
     assert len(lines) == PROMPTS
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return lines
 
 
-def write_embeddings(twin: Recipe) -> None:
-    """Random embeddings of the twin's prompts, of all lengths up to the longest, in two shards."""
-    store, dim, longest = Path(twin.text.path), twin.text.dim, twin.text.length
-    prompts, draws = PromptFile(twin.data.prompts), Draws(twin.seed, torch.device("cpu"))
+def write_latents(store: Path, twin: Recipe) -> None:
+    """A store of clean latents of independent random numbers, in two shards."""
+    video, draws = twin.video, Draws(twin.seed, torch.device("cpu"))
+    shape = (video.latent_frames, video.channels, video.latent_height, video.latent_width)
+    source = hashlib.sha256(b"random numbers of mirai shrink").hexdigest()
+    plan = Plan(CLEAN, PROMPTS, shape, "bfloat16", shard_size=PROMPTS // 2, source=source)
+    writer = StoreWriter(store, plan)
+    for shard in writer.missing():
+        numbers = plan.numbers(shard)
+        clips = draws.normal("latents", 0, 0, numbers, shape).bfloat16()
+        writer.write(shard, [Entry(prompt_lines()[n], clip) for n, clip in zip(numbers, clips, strict=True)])
+    writer.seal()
+
+
+def write_embeddings(store: Path, prompts: PromptFile, twin: Recipe) -> None:
+    """Random embeddings of a prompt file, of all lengths up to the longest, in two shards."""
+    dim, longest, draws = twin.text.dim, twin.text.length, Draws(twin.seed, torch.device("cpu"))
     whole = embeddings.Identity(
         prompts=prompts.digest,
         count=prompts.size,

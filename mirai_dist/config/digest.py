@@ -61,12 +61,12 @@ def conflicts(old: Recipe, new: Recipe) -> list[str]:
     """The lines of `diff` that keep a run of `old` from going on as `new`; empty: `new` only extends it.
 
     A run may be extended by more cycles of a last stage (where no schedule stretches over them), more arms and
-    seeds, other checkpoint and report settings, another layout of the same arithmetic, and another name.
+    seeds, other gates, checkpoint, alarm and report settings, another layout of the same arithmetic, another name.
     """
     return [line for line in diff(old, new) if not _extends(line.partition(":")[0], old, new)]
 
 
-_FREE = ("checkpoint.", "evaluate.", "parallel.")
+_FREE = ("alarms.", "checkpoint.", "evaluate.", "parallel.")
 
 
 def _extends(key: str, old: Recipe, new: Recipe) -> bool:
@@ -76,6 +76,8 @@ def _extends(key: str, old: Recipe, new: Recipe) -> bool:
         return set(old.study.seeds) <= set(new.study.seeds)
     if key.startswith("study.arms."):
         return key.removeprefix("study.arms.") not in old.study.arms
+    if key.startswith("stages.") and key.split(".")[2:3] == ["gate"]:
+        return True
     if key.startswith("stages.") and key.endswith(".cycles"):
         name = key.split(".")[1]
         return name in old.stages and name in new.stages and _lengthens(name, old, new)
@@ -91,7 +93,7 @@ def _lengthens(name: str, old: Recipe, new: Recipe) -> bool:
 
 def _schedules(stage: Stage, recipe: Recipe) -> list[Any]:
     extra = [recipe.dmd.critic_optimizer, recipe.foresight.optimizer] if stage.kind == "dmd" else []
-    return [stage.optimizer, *extra]
+    return [stage.optimizer, *extra, *([stage.foresight.optimizer] if stage.foresight.weight else [])]
 
 
 def _canonical(key: keys.Key, value: Any) -> Any:

@@ -22,6 +22,7 @@ _WORDS = {
     str: "text",
     bool: "true or false",
     list[int]: "a list of integers",
+    list[float]: "a list of numbers",
     list[str]: "a list of texts",
 }
 
@@ -128,6 +129,8 @@ def check(key: Key, value: Any, where: str) -> Any:
     """The value in the key's own type (an integer is a number); RecipeError for another type or choice."""
     if key.type is float and type(value) is int:
         return float(value)
+    if key.type == list[float] and isinstance(value, list):
+        value = [float(each) if type(each) is int else each for each in value]
     if get_origin(key.type) is list:
         fits = isinstance(value, list) and all(type(each) is get_args(key.type)[0] for each in value)
     else:

@@ -7,7 +7,7 @@ changes the generator alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,36 @@ class Resolved:
         written = [setting for text in overrides for setting in source.override(text, label)]
         return _resolve(self.path, _merge(self.settings.values(), written))
 
+    def of_stage(self, name: str) -> Resolved:
+        """The recipe as the stage `name` sees it: with the stage's own overrides."""
+        key = f"stages.{name}.overrides"
+        own = self.recipe.stages[name].overrides
+        return self.with_overrides(own, f"{self.origins[key]}: {key}") if own else self
+
+    def variants(self) -> Iterator[Resolved]:
+        """The recipe itself, then as every stage with overrides of its own sees it."""
+        yield self
+        yield from (self.of_stage(name) for name, stage in self.recipe.stages.items() if stage.overrides)
+
+    def of_arm(self, name: str) -> Resolved:
+        """The recipe as the study's stage sees it in the arm `name`."""
+        key = f"study.arms.{name}"
+        stage = self.of_stage(self.recipe.study_stage) if self.recipe.study_stage else self
+        return stage.with_overrides(self.recipe.study.arms[name], f"{self.origins[key]}: {key}")
+
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Resolved:
-    """Read, compose and check a recipe and every study arm of it.
+    """Read, compose and check a recipe, and what every stage and study arm makes of it.
 
     Raises RecipeError (one line: where, which key, what to do) for anything that is wrong with it.
     """
     path = Path(path)
     written = [setting for text in overrides for setting in source.override(text, source.COMMAND_LINE)]
     resolved = _resolve(path, _merge(source.read(path), written))
-    for name, arm in resolved.recipe.study.arms.items():
-        key = f"study.arms.{name}"
-        resolved.with_overrides(arm, f"{resolved.origins[key]}: {key}")
+    for name in resolved.recipe.stages:
+        resolved.of_stage(name)
+    for name in resolved.recipe.study.arms:
+        resolved.of_arm(name)
     return resolved
 
 

@@ -15,6 +15,7 @@ from mirai_dist.config import schema
 from mirai_dist.config.error import RecipeError
 from mirai_dist.config.kinds import PRODUCES, refusal
 from mirai_dist.config.schema import Batch, Network, Optimizer, Recipe, Stage
+from mirai_dist.config.steps import REPORT
 
 
 class Problem(NamedTuple):
@@ -45,7 +46,10 @@ def check(recipe: Recipe, origins: Mapping[str, str], shown: str = "recipe") -> 
             raise RecipeError(_place(problem.keys, origins, shown), f"{problem.what} [{name}]")
     for key, origin in origins.items():
         kind = _ONLY_WITH.get(key.split(".")[0])
-        if origin == "command line" and kind and all(stage.kind != kind for stage in recipe.stages.values()):
+        read = any(stage.kind == kind for stage in recipe.stages.values())
+        if key in _OF_ALL_FORESIGHT:
+            read |= any(stage.foresight.weight for stage in recipe.stages.values())
+        if origin == "command line" and kind and not read:
             raise RecipeError(origin, f"{key} has no effect: no stage is of kind {kind}; remove it [no-effect]")
 
 
@@ -55,9 +59,12 @@ _ONLY_WITH = {
     "dmd": "dmd",
     "foresight": "dmd",
     "study": "dmd",
+    "alarms": "dmd",
     "consistency": "consistency",
     "ode": "ode",
 }
+# What the foresight of a few-step start reads too.
+_OF_ALL_FORESIGHT = {f"foresight.{name}" for name in ("preset", "offsets", "depth", "predictor_blocks")}
 
 
 def _place(keys: tuple[str, ...], origins: Mapping[str, str], shown: str) -> str:
@@ -140,8 +147,10 @@ RANGES: dict[type, dict[str, Range]] = {
         "depth": _FRACTION,
         "predictor_blocks": _COUNT,
     },
+    schema.StageForesight: {"weight": _NOT_NEGATIVE},
     schema.Consistency: {"points": Range(low=2), "guidance": _NOT_NEGATIVE},
     schema.Ode: {"points": _COUNT, "guidance": _NOT_NEGATIVE, "shard_size": _COUNT},
+    schema.Gate: {"clips": _NOT_NEGATIVE, "failing": Range(high=1)},
     schema.Stage: {
         "cycles": _COUNT,
         "prompt_dropout": _DECAY,
@@ -150,6 +159,17 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     schema.Parallel: {"replicas": _COUNT},
     schema.Checkpoint: {"every_cycles": _COUNT, "keep": _COUNT},
+    schema.Alarms: {
+        "warmup_cycles": _COUNT,
+        "window_cycles": _COUNT,
+        "saturation": _NOT_NEGATIVE,
+        "mean_drift": _NOT_NEGATIVE,
+        "motion": _NOT_NEGATIVE,
+        "critic_lag": _NOT_NEGATIVE,
+        "moved": Range(high=1),
+        "score_scale": _NOT_NEGATIVE,
+        "timesteps": _NOT_NEGATIVE,
+    },
     schema.Evaluate: {
         "samples": _COUNT,
         "probe_clips": _COUNT,
@@ -275,7 +295,8 @@ def _dmd_roles(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         kind = f"stages.{name}.kind"
         for role in ("teacher", "critic"):
-            if stage.kind != "dmd" and getattr(stage, role):
+            reads_it = stage.kind == "dmd" or (role == "teacher" and stage.kind in _FEW_STEP)
+            if not reads_it and getattr(stage, role):
                 what = f"stages.{name}.{role} has no effect in a stage of kind {stage.kind}; remove it"
                 yield Problem((f"stages.{name}.{role}", kind), what)
         if stage.kind == "dmd":
@@ -284,6 +305,24 @@ def _dmd_roles(recipe: Recipe) -> Iterator[Problem]:
                     what = f"stages.{name}.{role} is missing: a stage of kind dmd needs it"
                     what = f"{what}; name an earlier stage or an entry of weights"
                     yield Problem((f"stages.{name}.{role}", kind), what)
+
+
+@rule("few-step-foresight")
+def _few_step_foresight(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        key, kind = f"stages.{name}.foresight", f"stages.{name}.kind"
+        if stage.kind not in _FEW_STEP:
+            if stage.foresight != schema.StageForesight():
+                what = f"{key} has no effect in a stage of kind {stage.kind}; remove it"
+                what += " (foresight of dmd is the section foresight)" if stage.kind == "dmd" else ""
+                yield Problem((*(f"{key}.{each.name}" for each in fields(schema.StageForesight)), kind), what)
+        elif stage.foresight.weight and not stage.teacher:
+            what = f"stages.{name}.teacher is missing: with {key}.weight above 0 it is the foresight encoder"
+            what += "; name the bidirectional one"
+            yield Problem((f"{key}.weight", kind), what)
+        elif stage.teacher and not stage.foresight.weight:
+            what = f"stages.{name}.teacher has no effect: it is the foresight encoder, and {key}.weight is 0"
+            yield Problem((f"{key}.weight", f"stages.{name}.teacher"), f"{what}; remove it or raise the weight")
 
 
 @rule("context-noise")
@@ -309,6 +348,48 @@ def _source_kind(recipe: Recipe) -> Iterator[Problem]:
             if why:
                 keys = (f"stages.{name}.{role}", f"stages.{name}.kind", f"weights.{source}.kind")
                 yield Problem(keys, f"stages.{name}.{role} {source!r} {why}")
+
+
+@rule("gate-parent")
+def _gate_parent(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        keys = (f"stages.{name}.gate.clips", f"stages.{name}.parent")
+        if not stage.gate.clips:
+            continue
+        if not stage.parent:
+            what = f"{keys[0]}: stage {name} starts from random weights, which a gate cannot judge"
+            yield Problem(keys, f"{what}; name a parent, or set it to 0")
+        elif _kind_of(recipe, stage.parent) == "diffusion":
+            what = f"{keys[0]}: a gate rolls out a causal network, and {stage.parent!r} is bidirectional"
+            yield Problem(keys, f"{what}; set it to 0")
+
+
+@rule("gate-clips")
+def _gate_clips(recipe: Recipe) -> Iterator[Problem]:
+    frames, length = recipe.video.latent_frames, recipe.video.frames_per_segment
+    for name, stage in recipe.stages.items():
+        if stage.gate.clips and frames < max(3, 2 * length):
+            key = f"stages.{name}.gate.clips"
+            what = f"{key}: a gate measures motion and segment boundaries, and clips of {frames} latent frames are too"
+            what = f"{what} short: it takes two segments ({2 * length} frames) and 3 frames"
+            yield Problem((key, "video.latent_frames", "video.frames_per_segment"), f"{what}; set it to 0")
+
+
+@rule("gate-bounds")
+def _gate_bounds(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        for measure in ("boundary_jump", "motion", "saturation"):
+            pair = getattr(stage.gate, measure)
+            if pair and not (len(pair) == 2 and 0 <= pair[0] < pair[1] < float("inf")):
+                key = f"stages.{name}.gate.{measure}"
+                yield Problem((key,), f"{key} is {pair}; write [low, high] with 0 <= low < high, or [] for the default")
+
+
+@rule("stage-name")
+def _stage_name(recipe: Recipe) -> Iterator[Problem]:
+    if REPORT in recipe.stages:
+        what = f"stages.{REPORT} has the name of a run's last step; rename the stage"
+        yield Problem((f"stages.{REPORT}.kind",), what)
 
 
 @rule("trajectories")
@@ -346,7 +427,7 @@ def _kind_of(recipe: Recipe, source: str) -> str:
 def _source_shape(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         for role, own in (("parent", _trains(stage)), ("teacher", "teacher"), ("critic", "critic")):
-            source = getattr(stage, role) or (stage.teacher if role == "critic" else "")
+            source = getattr(stage, role) or (stage.teacher if role == "critic" and stage.kind == "dmd" else "")
             if source in recipe.stages:
                 other = _trains(recipe.stages[source])
             elif role == "critic" and source and not stage.critic:
@@ -407,16 +488,39 @@ def _clips_needed(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("data.latents", "text.encoder", f"stages.{name}.kind"), f"{what}; set data.latents")
 
 
-@rule("dmd-last")
-def _dmd_last(recipe: Recipe) -> Iterator[Problem]:
-    kinds = [stage.kind for stage in recipe.stages.values()]
-    names = [name for name, _ in _of_kind(recipe, "dmd")]
-    if len(names) > 1:
-        what = f"stages {', '.join(names)} are all of kind dmd; keep one and make the others arms of study.arms"
-        yield Problem((f"stages.{names[1]}.kind",), what)
-    elif names and kinds[-1] != "dmd":
-        keys = [f"stages.{names[0]}.kind", f"stages.{[*recipe.stages][-1]}.kind"]
-        yield Problem(tuple(keys), f"stage {names[0]} of kind dmd must be the last one; move it down")
+@rule("study-stage")
+def _study_stage(recipe: Recipe) -> Iterator[Problem]:
+    dmd, chosen = [name for name, _ in _of_kind(recipe, "dmd")], recipe.study_stage
+    if recipe.study.stage and recipe.study.stage not in dmd:
+        known = f"one of: {', '.join(dmd)}" if dmd else "there is none"
+        what = f"study.stage is {recipe.study.stage!r}, which is no stage of kind dmd ({known})"
+        yield Problem(("study.stage",), what)
+    for name, stage in recipe.stages.items():
+        for role in _ROLES:
+            if chosen and getattr(stage, role) == chosen:
+                key = f"stages.{name}.{role}"
+                what = f"{key} is {chosen!r}, of which the study trains one network an arm and seed"
+                yield Problem((key, "study.stage"), f"{what}; give the study another stage (study.stage)")
+
+
+# What a stage may have of its own: how it is trained. Shapes, data of the report and the order of things are the run's.
+_OF_A_STAGE = ("flow.", "rollout.", "dmd.", "foresight.", "consistency.", "ode.", "parallel.", "data.")
+_OF_A_STAGE += ("alarms.", "video.frames_per_segment")
+
+
+@rule("stage-overrides")
+def _stage_overrides(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        key = f"stages.{name}.overrides"
+        written = [text.partition("=")[0].strip() for text in stage.overrides]
+        twice = {each for each in written if written.count(each) > 1}
+        if twice:
+            yield Problem((key,), f"{key} sets {', '.join(sorted(twice))} twice; keep one")
+        for each in written:
+            if not f"{each}.".startswith(_OF_A_STAGE):
+                what = f"{key} sets {each}, which is one for all stages"
+                legal = ", ".join(legal.removesuffix(".") for legal in _OF_A_STAGE)
+                yield Problem((key,), f"{what}; a stage may have its own {legal}")
 
 
 # --- batches and schedules -----------------------------------------------------------------------------------
@@ -561,12 +665,36 @@ def _offsets(recipe: Recipe) -> Iterator[Problem]:
 
 @rule("shuffled-targets")
 def _shuffled_targets(recipe: Recipe) -> Iterator[Problem]:
-    for name, stage in _of_kind(recipe, "dmd"):
+    for name, stage in recipe.stages.items():
+        section = "foresight" if stage.kind == "dmd" else f"stages.{name}.foresight"
+        settings = recipe.foresight if stage.kind == "dmd" else stage.foresight
         # The partner is the next sample of the same micro-batch: alone in one, a sample would keep its own target.
-        if recipe.foresight.targets == "shuffled" and stage.batch.micro_size < 2:
+        if settings.targets == "shuffled" and stage.batch.micro_size < 2:
             key = f"stages.{name}.batch.micro_size"
-            what = f"foresight.targets shuffled takes the target from another sample run at once; raise {key} above 1"
-            yield Problem(("foresight.targets", key), what)
+            what = f"{section}.targets shuffled takes the target from another sample run at once; raise {key} above 1"
+            yield Problem((f"{section}.targets", key), what)
+
+
+@rule("saturation-limit")
+def _saturation_limit(recipe: Recipe) -> Iterator[Problem]:
+    limit = recipe.alarms.saturation
+    if 0 < limit <= 1:
+        what = f"alarms.saturation {limit:g} would be up always: the spread may leave [1 / limit, limit] of its start"
+        yield Problem(("alarms.saturation",), f"{what}; use more than 1, such as 1.5, or 0 to turn it off")
+
+
+# --- attention -----------------------------------------------------------------------------------------------
+
+_HALF_ONLY = ("cudnn", "flash")  # has no kernels for float32; other backends depend on the device: the run asks them
+
+
+@rule("half-attention")
+def _half_attention(recipe: Recipe) -> Iterator[Problem]:
+    parallel = recipe.parallel
+    if parallel.attention in _HALF_ONLY and parallel.compute_dtype != "bfloat16":
+        what = f"parallel.attention {parallel.attention} computes in bfloat16, and parallel.compute_dtype is"
+        what = f"{what} {parallel.compute_dtype}; use attention auto or sdpa, or compute_dtype bfloat16"
+        yield Problem(("parallel.attention", "parallel.compute_dtype"), what)
 
 
 # --- the study -----------------------------------------------------------------------------------------------
@@ -588,7 +716,7 @@ def _study_size(recipe: Recipe) -> Iterator[Problem]:
 
 @rule("arm-overrides")
 def _arm_overrides(recipe: Recipe) -> Iterator[Problem]:
-    dmd = [f"stages.{name}." for name, _ in _of_kind(recipe, "dmd")]
+    own = f"stages.{recipe.study_stage}."
     for name, arm in recipe.study.arms.items():
         key = f"study.arms.{name}"
         written = [text.partition("=")[0].strip() for text in arm]
@@ -596,8 +724,9 @@ def _arm_overrides(recipe: Recipe) -> Iterator[Problem]:
         if twice:
             yield Problem((key,), f"{key} sets {', '.join(sorted(twice))} twice; keep one")
         for each in written:
-            other_stage = each.startswith("stages.") and not each.startswith(tuple(dmd))
-            if each.split(".")[0] in _SHARED or other_stage:
+            other_stage = each.startswith("stages.") and not each.startswith(own)
+            gate = each.startswith("stages.") and each.split(".")[2:3] == ["gate"]
+            if each.split(".")[0] in _SHARED or other_stage or gate:
                 what = f"{key} sets {each}, which all arms share (they have one start, one data set, one report)"
                 yield Problem((key,), f"{what}; write it outside the study")
 
@@ -662,6 +791,7 @@ def _of_kind(recipe: Recipe, kind: str) -> list[tuple[str, Stage]]:
 
 
 _ROLES = ("parent", "teacher", "critic")
+_FEW_STEP = ("consistency", "ode")  # kinds of stage that distil a few-step start
 
 
 def _trains(stage: Stage) -> str:
@@ -678,6 +808,8 @@ def _optimizers(recipe: Recipe) -> Iterable[tuple[str, Optimizer, int]]:
     """Every optimizer with the updates its network gets in its stage."""
     for name, stage in recipe.stages.items():
         yield f"stages.{name}.optimizer", stage.optimizer, stage.cycles
+        if stage.foresight.weight:
+            yield f"stages.{name}.foresight.optimizer", stage.foresight.optimizer, stage.cycles
         if stage.kind == "dmd":
             critic = stage.cycles * recipe.dmd.critic_updates
             yield "dmd.critic_optimizer", recipe.dmd.critic_optimizer, critic

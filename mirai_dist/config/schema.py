@@ -184,10 +184,11 @@ class Dmd:
 
 @dataclass(frozen=True, kw_only=True)
 class Foresight:
-    """Foresight distillation (Video-Mirai section 3)."""
+    """Foresight distillation (Video-Mirai section 3) of the dmd stage. What the two few-step starts may have is their
+    own section (StageForesight), but for preset, offsets, depth and predictor_blocks, which they take from here."""
 
-    weight: float = key(0.2, help="lambda; 0 is bit-identical to no foresight")
-    start_cycle: int = key(0, help="first cycle with foresight; before it the run is the baseline's")
+    weight: float = key(0.2, help="lambda of the dmd stage; 0 is bit-identical to no foresight")
+    start_cycle: int = key(0, help="first cycle of the dmd stage with foresight; before it the run is the baseline's")
     preset: str = key(
         "paper",
         help="paper: depth counts executed blocks, fp32 fusion, plain predictor, replay after "
@@ -228,6 +229,46 @@ class Ode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageForesight:
+    """Foresight while a few-step start is distilled (kinds ode and consistency): the target is the ground-truth future
+    (Video-Mirai D.4). The encoder is the stage's teacher."""
+
+    weight: float = key(0.0, help="lambda of this stage; 0 is bit-identical to no foresight")
+    fusion: str = key(
+        "frames",
+        help="none: a target an offset; frames: a target an offset, averaged over a segment's frames (the paper's best "
+        "here); offsets: one target, averaged over offsets as in dmd",
+        choices=("none", "frames", "offsets"),
+    )
+    encoder_attention: str = key(
+        "bidirectional",
+        help="what the encoder may see; causal is the control without future",
+        choices=("bidirectional", "causal"),
+    )
+    targets: str = key(
+        "truth",
+        help="shuffled pairs each state with another sample's target: a control",
+        choices=("truth", "shuffled"),
+    )
+    optimizer: Optimizer = key(lambda: Optimizer(lr=2e-6), help="AdamW of this stage's predictor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Whether a stage's start is fit to be trained further; judged before the stage begins (evaluate/gate.py).
+
+    Bounds are [low, high]: in multiples of the median of clean clips where there are some, else absolute
+    (config/gates.py, which also has the defaults).
+    """
+
+    clips: int = key(0, help="clips of fixed prompts that are rolled out and measured; 0: no gate")
+    boundary_jump: list[float] = key(list, help="bounds of the largest step across a segment boundary; empty: default")
+    motion: list[float] = key(list, help="bounds of the mean change from frame to frame; empty: default")
+    saturation: list[float] = key(list, help="bounds of the spread of a clip's latents; empty: default")
+    failing: float = key(0.25, help="share of the clips that may be outside the bounds of a measure")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of the pipeline; stages run in the order they are written."""
 
@@ -240,23 +281,30 @@ class Stage:
         "", help="earlier stage, or entry of weights, that the trained network starts from; empty: random weights"
     )
     teacher: str = key(
-        "", help="stage or weights of the real score and foresight encoder, and of the critic's start (kind dmd)"
+        "",
+        help="stage or weights of the real score and foresight encoder, and of the critic's start (kind dmd); of the "
+        "encoder alone (kinds ode and consistency with foresight)",
     )
     critic: str = key("", help="stage or weights that the critic starts from instead of the teacher's (kind dmd)")
+    gate: Gate = key(Gate, help="what the parent must be fit for before the stage begins")
     cycles: int = key(help="cycles to run: one update, or for dmd one generator and all critic updates")
     batch: Batch = key(help="batch of every update of the stage")
     optimizer: Optimizer = key(help="AdamW of the trained network (kind dmd: the generator)")
     ema: Ema = key(Ema, help="moving average of the trained network; kind consistency: its target")
     prompt_dropout: float = key(0.0, help="fraction of samples trained on the empty prompt, which guidance needs")
     trajectories: int = key(0, help="trajectories that an ode stage makes of its parent first; 0: data.ode_pairs")
+    foresight: StageForesight = key(StageForesight, help="foresight of a few-step start (kinds ode and consistency)")
     context_noise: float = key(
         0.0, help="highest unshifted timestep, of 1000, that teacher forcing noises the past to; 0 keeps it clean"
+    )
+    overrides: list[str] = key(
+        list, help="overrides (section.key=value) for this stage alone, such as video.frames_per_segment=1"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How networks are sharded; read by plan.shards, which planner and run share."""
+    """How networks are sharded, read by plan.shards, which planner and run share; and what computes attention."""
 
     replicas: int = key(1, help="HSDP replicas; ranks / replicas shard each network")
     compute_dtype: str = key(
@@ -277,6 +325,18 @@ class Parallel:
         help="what a run does at its start where `mirai plan` predicts more memory than the device has",
         choices=("refuse", "warn"),
     )
+    attention: str = key(
+        "auto",
+        help="what computes dense attention; auto: the fastest that is found exact on this machine; sdpa: torch's own "
+        "choice, cudnn and sdpa-...: one of torch's kernels; flash: the newest FlashAttention package",
+        choices=("auto", "sdpa", "cudnn", "sdpa-flash", "sdpa-efficient", "flash", "xformers"),
+    )
+    segment_attention: str = key(
+        "auto",
+        help="what computes attention over segments, in teachers that train in one pass; dense: calls of "
+        "parallel.attention, segment by segment; flex: FlexAttention, one call",
+        choices=("auto", "dense", "flex"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +349,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Arms of the DMD stage: the same start, data and draws, each with its own overrides, for each seed."""
+    """Arms of one DMD stage: the same start, data and draws, each with its own overrides, for each seed."""
 
+    stage: str = key("", help="dmd stage that the arms and seeds are trained in; empty: the last one")
     seeds: list[int] = key(lambda: [1], help="training seeds; the unit of every comparison")
     arms: dict[str, list[str]] = key(
         lambda: {"foresight": []}, help="arm name -> overrides (section.key=value) of this recipe"
@@ -310,6 +371,30 @@ class Evaluate:
         "critic make of its samples; 0: only at the end",
     )
     teacher_steps: int = key(20, help="Euler steps of the bidirectional teacher's own samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarms:
+    """When the measures of a dmd stage say that it is dying (mirai_dist/observe/alarms.py); a limit of 0 is off."""
+
+    warmup_cycles: int = key(5, help="cycles before any alarm looks; what is relative to the start is relative to them")
+    window_cycles: int = key(10, help="cycles whose mean is compared with a limit, and that an alarm takes to clear")
+    on_alarm: str = key(
+        "warn",
+        help="warn: say it and go on; stop: save, and end the run with exit code 20",
+        choices=("warn", "stop"),
+    )
+    saturation: float = key(
+        1.5, help="latents/all/std relative to its start, or the inverse: above 1; over-saturated or washed out"
+    )
+    mean_drift: float = key(0.4, help="largest drift/mean: channel means off the teacher's, in its standard deviations")
+    motion: float = key(0.5, help="least motion/relative: frame-to-frame difference relative to the teacher's")
+    critic_lag: float = key(
+        1.25, help="largest critic_error/to_gaussian; above 1 the critic knows less than the samples' mean and variance"
+    )
+    moved: float = key(0.5, help="least fraction of the weights of a trained network that its updates change")
+    score_scale: float = key(2.0, help="largest score/guided_std: spread of the teacher's x0 with guidance and without")
+    timesteps: float = key(6.0, help="standard deviations that drawn score timesteps may be off their schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,5 +421,12 @@ class Recipe:
     stages: dict[str, Stage] = key(help="the pipeline, in order")
     parallel: Parallel = key(Parallel, help="sharding and precision")
     checkpoint: Checkpoint = key(help="checkpoints")
-    study: Study = key(Study, help="arms and seeds of the dmd stage")
+    study: Study = key(Study, help="arms and seeds of a dmd stage")
+    alarms: Alarms = key(Alarms, help="alarms on the health of a dmd stage")
     evaluate: Evaluate = key(Evaluate, help="report")
+
+    @property
+    def study_stage(self) -> str:
+        """Name of the stage that the study's arms and seeds are trained in; empty where no stage is of kind dmd."""
+        dmd = [name for name, stage in self.stages.items() if stage.kind == "dmd"]
+        return self.study.stage or (dmd[-1] if dmd else "")

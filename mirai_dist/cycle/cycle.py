@@ -4,7 +4,7 @@ step        the update at this position (phases.py)
 record      its losses, averaged over ranks
 advance     to the next position, or the next cycle
 show        a grid of samples, when due
-save        when due, or when somebody asked to stop
+save        when due, or when somebody or an alarm asked to stop
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mirai_dist.cycle.gallery import Gallery
 from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import Stage
 from mirai_dist.cycle.watch import Watch
+from mirai_dist.observe.alarms import Change
 from mirai_dist.runtime.signals import StopRequest
 
 
@@ -22,6 +23,12 @@ class Stopped(RuntimeError):
     """A signal or a STOP file asked for the run to end; its state is saved and it wants to be requeued."""
 
     exit_code = 10
+
+
+class Alarmed(RuntimeError):
+    """An alarm rose in a run that was told to stop at one; its state is saved. Not requeued: a person decides."""
+
+    exit_code = 20
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,14 @@ class Loop:
     stop: StopRequest
 
     def run(self, stage: Stage, title: str) -> None:
-        """Run the remaining cycles of a stage. Raises Stopped, after saving, when a signal came."""
+        """Run the remaining cycles of a stage. Raises, after saving, Stopped when a signal came, Alarmed when an
+        alarm rose and `alarms.on_alarm` is stop."""
         with self.watch.stage(stage, title):
             while stage.cycle < stage.stage.cycles:
                 stage.step()
-                self.watch.record(stage)
+                changes = self.watch.record(stage)
                 stage.advance()
+                self._heed(stage, changes)
                 if self.stop.agreed():
                     self.saver.save(stage)
                     raise Stopped(
@@ -50,3 +59,12 @@ class Loop:
                     self.gallery.cycle_ended(stage)
                     if self.saver.due(stage):
                         self.saver.save(stage)
+
+    def _heed(self, stage: Stage, changes: list[Change]) -> None:
+        risen = [change.sentence for change in changes if change.raised]
+        if risen and stage.recipe.alarms.on_alarm == "stop":
+            self.saver.save(stage)
+            raise Alarmed(
+                f"{stage.name}: {'; '.join(risen)}; saved before cycle {stage.cycle} (alarms.on_alarm stop): the same "
+                "command goes on past it"
+            )

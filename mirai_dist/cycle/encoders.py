@@ -14,7 +14,7 @@ from mirai_dist.config.error import FileError, RecipeError
 from mirai_dist.data.clips import open_clips
 from mirai_dist.data.conditions import Conditions, Encoded, Encoder
 from mirai_dist.data.embeddings import EmbeddingStore
-from mirai_dist.data.latents import LatentStore
+from mirai_dist.data.latents import EMBEDDINGS, LatentStore
 from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.data.world import World
@@ -56,7 +56,7 @@ def conditions_of(recipe: schema.Recipe, captions: CaptionSource, device: torch.
         what = "an LMDB has no embedding store: `mirai data convert --to mirai` it, then `mirai data embed` its prompts"
         raise FileError(captions.path, what)
     assert isinstance(captions, LatentStore)  # a rule refuses a store for the world's captions
-    own = captions.path / "embeddings"
+    own = captions.path / EMBEDDINGS
     if not own.exists():
         what = f"has no embeddings: mirai data embed {captions.prompts.path} --encoder FOLDER --out {own}"
         raise FileError(captions.path, what)

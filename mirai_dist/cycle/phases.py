@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mirai_dist.cycle import measures
 from mirai_dist.cycle.roles import (
     Role,
     causal,
@@ -18,15 +19,18 @@ from mirai_dist.cycle.roles import (
     noised_context,
     segment_causal,
     teacher_forced,
+    teacher_forced_states,
     velocity_of,
 )
 from mirai_dist.method import foresight as foresight_method
+from mirai_dist.method import health
 from mirai_dist.method.consistency import ConsistencyNetworks, Neighbours, consistency_loss
 from mirai_dist.method.critic import critic_loss
 from mirai_dist.method.dmd import Conditioning, dmd_loss, noised, score_difference, score_draws, score_timestep
 from mirai_dist.method.flow import euler_grid, shifted
 from mirai_dist.method.ode import OdePairs, ode_loss
 from mirai_dist.method.rollout import RolloutInputs, rollout, scored_clip
+from mirai_dist.method.stage_two_foresight import Clip, ground_truth_targets, segment_states, stage_two_loss
 from mirai_dist.method.teacher_forcing import (
     Levels,
     bidirectional_loss,
@@ -37,14 +41,14 @@ from mirai_dist.method.teacher_forcing import (
 )
 
 if TYPE_CHECKING:
-    from mirai_dist.cycle.stages import ConsistencyStage, DmdStage, FlowStage, Moment, OdeStage, Stage
+    from mirai_dist.cycle.stages import ConsistencyStage, DmdStage, FewStepStage, FlowStage, Moment, OdeStage, Stage
 
 CHANGES = {
     "bidirectional": ("teacher",),
     "teacher_forcing": ("generator",),
     "diffusion_forcing": ("generator",),
-    "consistency": ("generator", "target"),
-    "ode": ("generator",),
+    "consistency": ("generator", "target", "predictor"),
+    "ode": ("generator", "predictor"),
     "generator": ("generator", "predictor"),
     "critic": ("critic",),
     "replay": ("predictor",),
@@ -66,8 +70,7 @@ def update(
     with stage.ledger.phase("optimizer"):
         norms = [role.norm(where) for role in roles]  # all are checked before any is stepped
         for role, norm in zip(roles, norms, strict=True):
-            for name, value in role.step(norm).items():
-                stage.metrics.add(name, value)
+            stage.metrics.add_all(role.step(norm))
 
 
 def generator_update(stage: DmdStage, at: Moment) -> None:
@@ -87,6 +90,8 @@ def generator_update(stage: DmdStage, at: Moment) -> None:
         return loss
 
     update(stage, "generator", roles, batch, loss_of)
+    if stage.predictor and stage.foresight_is_on:
+        measures.gates(stage, stage.predictor.network)
 
 
 def critic_update(stage: DmdStage, at: Moment) -> None:
@@ -160,8 +165,9 @@ def consistency_update(stage: ConsistencyStage, at: Moment) -> None:
     batch, numbers = stage.take("data")
     settings, segment = stage.recipe.consistency, stage.recipe.video.frames_per_segment
     grid = euler_grid(settings.points, stage.recipe.flow.shift)
-    roles = (stage.trained, stage.target, stage.teacher)
-    networks = ConsistencyNetworks(*(teacher_forced(role.network, segment) for role in roles))
+    student = teacher_forced_states(stage.trained.network, segment, stage.generator_blocks)
+    frozen = (teacher_forced(role.network, segment) for role in (stage.target, stage.teacher))
+    networks = ConsistencyNetworks(student, *frozen)
 
     def loss_of(samples: list[int]) -> Tensor:
         with stage.ledger.phase("data"):
@@ -174,11 +180,13 @@ def consistency_update(stage: ConsistencyStage, at: Moment) -> None:
         frames = clean.shape[1]
         neighbours = Neighbours(first[:, None].expand(-1, frames), second[:, None].expand(-1, frames))
         with stage.ledger.phase("forward"):
-            loss = consistency_loss(networks, clean, noise, neighbours, prompts, settings.guidance)
+            loss, states = consistency_loss(networks, clean, noise, neighbours, prompts, settings.guidance)
         stage.metrics.add("loss/consistency", loss)
+        if states is not None:
+            loss = loss + stage.stage.foresight.weight * _foresight_on_truth(stage, clean, states, prompts.text)
         return loss
 
-    update(stage, "consistency", [stage.trained], batch, loss_of)
+    update(stage, "consistency", list(stage.roles.values()), batch, loss_of)
     stage.refresh_target()
 
 
@@ -186,10 +194,7 @@ def ode_update(stage: OdeStage, at: Moment) -> None:
     """One update on trajectories: from a state drawn for each sample to the end of its trajectory."""
     batch, numbers = stage.take("data")
     pairs, segment = stage.pairs, stage.recipe.video.frames_per_segment
-    velocity = teacher_forced(stage.trained.network, segment)
-
-    def network(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, None]:
-        return velocity(latent, timesteps, text, clean), None
+    network = teacher_forced_states(stage.trained.network, segment, stage.generator_blocks)
 
     def loss_of(samples: list[int]) -> Tensor:
         with stage.ledger.phase("data"):
@@ -200,11 +205,33 @@ def ode_update(stage: OdeStage, at: Moment) -> None:
         with stage.ledger.phase("forward"):
             index = torch.tensor(draws, device=states.device)
             found = OdePairs(states, tuple(pairs.timesteps))
-            loss, _ = ode_loss(network, found, index, text)
+            loss, hidden = ode_loss(network, found, index, text)
         stage.metrics.add("loss/ode", loss)
+        if hidden is not None:
+            loss = loss + stage.stage.foresight.weight * _foresight_on_truth(stage, states[:, -1], hidden, text)
         return loss
 
-    update(stage, "ode", [stage.trained], batch, loss_of)
+    update(stage, "ode", list(stage.roles.values()), batch, loss_of)
+
+
+def _foresight_on_truth(stage: FewStepStage, clean: Tensor, states: Tensor, text: Tensor) -> Tensor:
+    """Foresight of the states [B, tokens, dim] of noisy segments on the ground truth [B, F, C, H, W] they are forced
+    on. There is no replay: predictor and generator have as many updates, each on new states."""
+    assert stage.encoder is not None and stage.predictor is not None
+    settings, offsets, video = stage.stage.foresight, stage.recipe.foresight.offsets, stage.recipe.video
+    clip = Clip(video.latent_frames // video.frames_per_segment, video.frames_per_segment)
+    causal_frames = video.frames_per_segment if settings.encoder_attention == "causal" else 0
+    with stage.ledger.phase("encoder"):
+        features = features_of(stage.encoder.network, stage.encoder_blocks, causal_frames)(clean, text)
+        targets = ground_truth_targets(features, clip, offsets, settings.fusion, stage.arithmetic)
+    if settings.targets == "shuffled":
+        targets = [each.roll(1, dims=0) for each in targets]
+    with stage.ledger.phase("predictor"):
+        read = segment_states(states, clip, offsets, settings.fusion)
+        loss, cosine = stage_two_loss(stage.predictor.network, read, targets, stage.arithmetic)
+    stage.metrics.add("loss/foresight", loss)
+    stage.metrics.add("cosine/foresight", cosine)
+    return loss
 
 
 class Rolled(NamedTuple):
@@ -223,6 +250,7 @@ def _rollout(stage: DmdStage, at: Moment, samples: list[int], text: Tensor, capt
     noise = stage.normal("rollout", at, samples, shape).transpose(0, 1)
     exit_step, first_exit = stage.exit_steps(at, samples)
     stage.metrics.add("exit_step", float(exit_step))
+    measures.step_lists(stage)
     with stage.ledger.phase("rollout"):
         inputs = RolloutInputs(
             noise, text, exit_step, capture, first_exit_step=first_exit, gradient_from=total - video.latent_frames
@@ -238,10 +266,12 @@ def _distribution_matching(stage: DmdStage, at: Moment, samples: list[int], roll
     noisy = noised(latents, stage.normal("score/noise", at, samples, latents.shape[1:]), timesteps)
     scores = (velocity_of(stage.teacher.network), velocity_of(stage.critic.network))
     prompts = Conditioning(text, stage.run.negative)
-    gradient = score_difference(latents, noisy, timesteps, prompts, scores, stage.recipe.dmd.guidance)
-    loss = dmd_loss(latents, gradient, rolled.trained)
+    scored = score_difference(latents, noisy, timesteps, prompts, scores, stage.recipe.dmd.guidance)
+    loss = dmd_loss(latents, scored.gradient, rolled.trained)
     stage.metrics.add("loss/dmd", loss)
-    stage.metrics.add("dmd_gradient", gradient.abs().mean())
+    stage.metrics.add("dmd_gradient", scored.gradient.abs().mean())
+    with stage.ledger.phase("measures"):
+        stage.metrics.add_all(health.measures(scored, stage.recipe.video.frames_per_segment))
     return loss
 
 
@@ -272,6 +302,7 @@ def _score_timesteps(stage: DmdStage, at: Moment, samples: list[int], exit_step:
     draws = [among[stage.run.draws.integer(stage.purpose("score/timestep"), *at, s, len(among))] for s in samples]
     values = [score_timestep(u, shift, dmd.min_timestep, dmd.max_timestep) for u in draws]
     stage.timesteps += values
+    measures.timesteps(stage, values, among)
     return torch.tensor(values, device=stage.run.draws.device)
 
 

@@ -1,8 +1,8 @@
-"""The whole recipe: its stages in order, the study's arms and seeds, each skipped when already done.
+"""The training runs of a recipe: its stages in order, the study's arms and seeds, each skipped when already done.
 
-    for each stage:  build its networks, start them from the parent, resume, run the loop, mark it done
+    for each:  build its networks, start them from the parent, resume, run the loop, mark it done
 
-study.py measures what comes out of it.
+chain.py runs them, each stage behind its gate; study.py measures what comes out of it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from mirai_dist.cycle.starts import starts_of
 from mirai_dist.cycle.trajectories import Making, make
 from mirai_dist.cycle.watch import Watch
 from mirai_dist.data.arrays import Part
+from mirai_dist.data.conditions import Selected
 from mirai_dist.data.latents import STORE, LatentStore
 from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.prompts import PromptFile
@@ -50,7 +51,7 @@ from mirai_dist.state.draws import Draws
 
 @dataclass(frozen=True)
 class Job:
-    """One training run of the pipeline: a stage, for the dmd stage one arm and seed of it."""
+    """One training run of the pipeline: a stage as its own recipe has it, of the study's stage one arm and seed."""
 
     stage: str
     title: str
@@ -73,40 +74,49 @@ class Place:
 def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
     """Every training run of the recipe, in order; seeds outside arms, so that each seed's arms end together."""
     recipe = resolved.recipe
-    for name, stage in recipe.stages.items():
+    for name in recipe.stages:
         directory = run_dir / "stages" / name
-        if stage.kind != "dmd":
-            yield Job(name, name, directory, recipe, recipe.seed)
+        if name != recipe.study_stage:
+            yield Job(name, name, directory, resolved.of_stage(name).recipe, recipe.seed)
             continue
         for seed in recipe.study.seeds:
-            for arm, overrides in recipe.study.arms.items():
-                arm_recipe = resolved.with_overrides(overrides, f"study.arms.{arm}").recipe
-                yield Job(name, f"{name} {arm} seed {seed}", directory / arm / f"seed-{seed}", arm_recipe, seed, arm)
+            for arm in recipe.study.arms:
+                own = resolved.of_arm(arm).recipe
+                yield Job(name, f"{name} {arm} seed {seed}", directory / arm / f"seed-{seed}", own, seed, arm)
 
 
 def make_run(job: Job, place: Place) -> Run:
     """Engine, keyed randomness, and what samples are conditioned on, for one job."""
-    recipe, ranks, kind = job.recipe, place.ranks, job.recipe.stages[job.stage].kind
+    return run_on(job, place, open_pairs(job, place) if job.recipe.stages[job.stage].kind == "ode" else None)
+
+
+def run_on(job: Job, place: Place, pairs: LatentStore | LmdbClips | None) -> Run:
+    """The same on these trajectories, or without any."""
+    recipe, ranks = job.recipe, place.ranks
     engine = FsdpEngine(build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type), ranks.device)
-    pairs = open_pairs(job, place) if kind == "ode" else None
-    clips = clips_of(recipe, ranks.device) if kind != "ode" and needs_clips(recipe, kind) else None
-    captions: CaptionSource = pairs or (clips.captions_source if clips else PromptFile(Path(recipe.data.prompts)))
+    clips = clips_of(recipe, ranks.device) if needs_clips(job) else None
+    captions: CaptionSource = clips.captions_source if clips else pairs or PromptFile(Path(recipe.data.prompts))
+    conditions = sharded(conditions_of(recipe, captions, ranks.device), recipe, engine)
+    if pairs and clips:  # trajectories of some of the clips
+        conditions = Selected(conditions, Making(recipe, job.stage, place.run_dir).numbers(clips.size))
     return Run(
         recipe,
         ranks.world_size,
         ranks.rank,
         engine,
         Draws(job.seed, ranks.device),
-        sharded(conditions_of(recipe, captions, ranks.device), recipe, engine),
+        conditions,
         clips.world if isinstance(clips, WorldClips) else None,
         clips,
         pairs,
     )
 
 
-def needs_clips(recipe: schema.Recipe, kind: str) -> bool:
-    """Whether a stage reads clips, or at least their captions: a dmd stage where it has no prompts of its own."""
-    return kind != "dmd" or not recipe.data.prompts
+def needs_clips(job: Job) -> bool:
+    """Whether a stage reads clips, or at least their captions: a dmd stage where it has no prompts of its own, an ode
+    stage whose trajectories are of clips."""
+    kind = job.recipe.stages[job.stage].kind
+    return not {"dmd": job.recipe.data.prompts, "ode": job.recipe.data.ode_pairs}.get(kind)
 
 
 def open_pairs(job: Job, place: Place) -> LatentStore | LmdbClips:
@@ -159,11 +169,3 @@ def mark_done(job: Job, summary: dict[str, Any]) -> None:
     beside = job.directory / "DONE.new"
     beside.write_text(json.dumps(summary))
     beside.replace(job.directory / "DONE")
-
-
-def run_pipeline(resolved: Resolved, place: Place) -> None:
-    """Train every job of the recipe that is not done yet."""
-    for job in jobs(resolved, place.run_dir):
-        torch.distributed.barrier()  # rank 0 may still be writing the last job's marker
-        train(job, place)
-    torch.distributed.barrier()

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from mirai_dist.config import schema
+from mirai_dist.cycle.attending import backends_of
+from mirai_dist.method import health
 from mirai_dist.method.dmd import Velocity
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.rollout import Past, RolloutSettings, SegmentNetwork
-from mirai_dist.method.teacher_forcing import NoisedContextNetwork, SegmentCausalNetwork, TeacherForcedNetwork
+from mirai_dist.method.teacher_forcing import (
+    NoisedContextNetwork,
+    SegmentCausalNetwork,
+    StateNetwork,
+    TeacherForcedNetwork,
+)
 from mirai_dist.models import predictor as predictor_model
-from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput, WanShape
+from mirai_dist.models.wan import Capture, Clean, History, KVCache, WanModel, WanOutput, WanShape
 from mirai_dist.models.wan import model as wan_model
 from mirai_dist.models.wan.kv_cache import CacheShape
 from mirai_dist.models.wan.model import PATCH
@@ -23,7 +30,7 @@ from mirai_dist.parallel.engine_fsdp import FsdpEngine, NonFiniteError
 from mirai_dist.parallel.materialize import Initialise, draw
 from mirai_dist.plan.shards import ShardPlan, predictor_plan, wan_plan
 from mirai_dist.state.draws import Draws
-from mirai_dist.state.ema import Ema
+from mirai_dist.state.ema import Ema, local
 
 Fill = Callable[[nn.Module], None]  # gives an allocated network its first weights
 
@@ -75,19 +82,21 @@ class Role:
                 "nothing was stepped; look at the data and rates, then resume"
             ) from error
 
-    def step(self, norm: Tensor) -> dict[str, float]:
-        """One optimizer step at this network's own learning rate, clipped; returns what is worth logging."""
+    def step(self, norm: Tensor) -> dict[str, Tensor | float]:
+        """One optimizer step at this network's own learning rate, clipped; returns what is worth logging, among it
+        parts (method/health.py) of what it did to the weights."""
         assert self.optimizer is not None and self.training is not None
         settings = self.training.optimizer
         rate = learning_rate(settings, self.updates, self.training.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        before = health.Moved([local(weight) for weight in self.network.parameters()])
         self.engine.step(self.network, self.optimizer, settings.clip_norm, norm)
         self.updates += 1
         if self.average is not None:
             self.average.update()
         self.average_if_due()
-        return {f"grad_norm/{self.name}": norm.item(), f"lr/{self.name}": rate}
+        return {f"grad_norm/{self.name}": norm.item(), f"lr/{self.name}": rate, **before.parts(self.name)}
 
 
 def learning_rate(settings: schema.Optimizer, update: int, total: int) -> float:
@@ -108,8 +117,9 @@ class Builder:
 
     def wan(self, name: str, network: schema.Network, training: Training | None, fill: Fill | None = None) -> Role:
         """A Wan DiT filled by `fill`, or with random weights keyed by the role's and each parameter's name."""
+        backends = backends_of(self.recipe, self.draws.device)
         with torch.device("meta"):
-            model = WanModel(wan_shape(network, self.recipe))
+            model = WanModel(wan_shape(network, self.recipe), backends)
         plan = wan_plan(self.recipe.parallel, network.blocks, trained=training is not None)
         self.engine.build(model, plan, fill or self._drawn(name, wan_model.initialise))
         role = Role(name, model, plan, self.engine, training)
@@ -119,12 +129,18 @@ class Builder:
     def _drawn(self, name: str, initialise: Initialise) -> Fill:
         return lambda network: draw(network, initialise, lambda key: self.draws.for_parameter(f"{name}.{key}"))
 
-    def predictor(self, gated: bool, bf16_masters: bool, training: Training) -> Role:
-        """The foresight predictor, from the generator's width to the teacher's."""
+    def predictor(self, gated: bool, bf16_masters: bool, training: Training, answers: int = 1) -> Role:
+        """The foresight predictor, from the generator's width to so many times the teacher's."""
         generator, teacher = self.recipe.generator, self.recipe.teacher
+        backends = backends_of(self.recipe, self.draws.device)
         with torch.device("meta"):
             model = predictor_model.Predictor(
-                generator.dim, teacher.dim, generator.heads, self.recipe.foresight.predictor_blocks, gated
+                generator.dim,
+                answers * teacher.dim,
+                generator.heads,
+                self.recipe.foresight.predictor_blocks,
+                gated,
+                backends,
             )
         plan = predictor_plan(self.recipe.parallel, bf16_masters)
         self.engine.build(model, plan, self._drawn("predictor", predictor_model.initialise))
@@ -191,7 +207,18 @@ def teacher_forced(network: nn.Module, segment_frames: int) -> TeacherForcedNetw
     """A network as an AR model that sees clean earlier segments."""
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor:
-        return _velocity(network(latent, timesteps, text, clean=clean, segment_frames=segment_frames))
+        return _velocity(network(latent, timesteps, text, clean=Clean(clean), segment_frames=segment_frames))
+
+    return velocity
+
+
+def teacher_forced_states(network: nn.Module, segment_frames: int, blocks: int) -> StateNetwork:
+    """The same, with the states [B, tokens, dim] of its noisy segments after `blocks` blocks (0: None)."""
+
+    def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
+        capture = Capture(blocks)
+        output = network(latent, timesteps, text, clean=Clean(clean), segment_frames=segment_frames, capture=capture)
+        return _velocity(output), output.hidden
 
     return velocity
 
@@ -200,16 +227,8 @@ def noised_context(network: nn.Module, segment_frames: int) -> NoisedContextNetw
     """A network as an AR model that sees earlier segments slightly noised."""
 
     def velocity(latent: Tensor, timesteps: Tensor, text: Tensor, context: Tensor, context_timesteps: Tensor) -> Tensor:
-        return _velocity(
-            network(
-                latent,
-                timesteps,
-                text,
-                clean=context,
-                clean_timesteps=context_timesteps,
-                segment_frames=segment_frames,
-            )
-        )
+        past = Clean(context, context_timesteps)
+        return _velocity(network(latent, timesteps, text, clean=past, segment_frames=segment_frames))
 
     return velocity
 

@@ -24,12 +24,15 @@ from mirai_dist.data.conditions import Conditions
 from mirai_dist.data.latents import LatentStore
 from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.world import World
+from mirai_dist.method import health
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.replay import ReplayCache
 from mirai_dist.method.rollout import kept_frames
+from mirai_dist.method.stage_two_foresight import outputs_of_predictor
 from mirai_dist.models.vae import Vae
 from mirai_dist.models.wan import KVCache
+from mirai_dist.observe.alarms import Alarms, Change, dmd_alarms
 from mirai_dist.observe.ledger import Ledger
 from mirai_dist.observe.metrics import Metrics
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
@@ -43,6 +46,13 @@ class Moment(NamedTuple):
 
     cycle: int
     position: int
+
+
+class Observed(NamedTuple):
+    """Metrics of one position, averaged over ranks, and what the alarms made of them: equal on all ranks."""
+
+    values: dict[str, float]
+    changes: list[Change]
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class Stage(ABC):
         )
         self.cursors: dict[str, Cursor] = {}
         self.metrics = Metrics(run.draws.device)
+        self.alarms = Alarms(self.recipe.alarms)
         self.ledger = Ledger()
         self.cycle, self.position = 0, 0
         self.timesteps: list[float] = []  # drawn by the present update: an error names them
@@ -152,6 +163,14 @@ class Stage(ABC):
         """Offsets in the global batch that this rank runs."""
         return [sample for micro_batch in samples_of_rank(0, self.layout) for sample in micro_batch]
 
+    def observe(self) -> Observed:
+        """Metrics of the position that was just run, and after the last one of a cycle the alarms that rose or
+        cleared. Collective: one reduction over ranks."""
+        values = health.combined(self.metrics.reduce())
+        self.alarms.record(values)
+        ended = self.position == len(self.positions) - 1
+        return Observed(values, self.alarms.close_cycle(self.cycle) if ended else [])
+
     def advance(self) -> None:
         """Go to the next position, or to the first one of the next cycle."""
         self.position += 1
@@ -171,6 +190,7 @@ class Stage(ABC):
                 "seed": self.run.draws.seed,
                 "cursors": {stream: cursor.consumed for stream, cursor in self.cursors.items()},
                 "updates": {name: role.updates for name, role in roles.items()},
+                "alarms": self.alarms.state(),
             },
             samples=self.saved_samples(),
         )
@@ -183,6 +203,7 @@ class Stage(ABC):
         for name, role in self.roles.items():
             role.updates = extras["updates"][name]
             role.average_if_due()
+        self.alarms.load(extras["alarms"])
 
     def saved_samples(self) -> dict[str, dict[int, Tensor]]:
         """Per-sample tensors a checkpoint must hold (the replay cache)."""
@@ -213,24 +234,49 @@ class FlowStage(Stage):
         phases.flow_update(self, Moment(self.cycle, self.position))
 
 
-class ConsistencyStage(Stage):
-    """Causal consistency distillation of the AR teacher into the few-step start of the generator.
+class FewStepStage(Stage):
+    """Distillation of the AR teacher into the few-step start of the generator, with foresight or without.
+
+    With foresight there are two roles more: the encoder, and a predictor that is trained and saved beside the generator
+    and then left behind: later stages and exports take the generator alone.
+    """
+
+    def __init__(self, name: str, run: Run, starts: Starts) -> None:
+        super().__init__(name, run, starts)
+        recipe, settings, self.builder = self.recipe, self.stage.foresight, Builder(self.recipe, run.engine, run.draws)
+        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
+        self.trained = self.builder.wan("generator", recipe.generator, training, self.fill("parent"))
+        self.encoder: Role | None = None
+        self.predictor: Role | None = None
+        self.arithmetic, depth = PRESETS[recipe.foresight.preset], recipe.foresight.depth
+        self.encoder_blocks = captured_blocks(recipe.teacher.blocks, depth, self.arithmetic)
+        self.generator_blocks = 0
+        if settings.weight > 0:
+            self.generator_blocks = captured_blocks(recipe.generator.blocks, depth, self.arithmetic)
+            self.encoder = self.builder.wan("encoder", recipe.teacher, None, self.fill("teacher"))
+            self.predictor = self.builder.predictor(
+                self.arithmetic.gated_predictor,
+                self.arithmetic.bf16_predictor,
+                Training(settings.optimizer, self.stage.cycles),
+                outputs_of_predictor(settings.fusion, recipe.foresight.offsets),
+            )
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {"generator": self.trained} | ({"predictor": self.predictor} if self.predictor else {})
+
+
+class ConsistencyStage(FewStepStage):
+    """Causal consistency distillation of the AR teacher.
 
     The target network's weights are the student's moving average, so the checkpoint holds them once.
     """
 
     def __init__(self, name: str, run: Run, starts: Starts) -> None:
         super().__init__(name, run, starts)
-        builder = Builder(self.recipe, run.engine, run.draws)
-        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
-        self.trained = builder.wan("generator", self.recipe.generator, training, self.fill("parent"))
-        self.teacher = builder.wan("ar_teacher", self.recipe.generator, None, self.fill("parent"))
-        self.target = builder.wan("target", self.recipe.generator, None)
+        self.teacher = self.builder.wan("ar_teacher", self.recipe.generator, None, self.fill("parent"))
+        self.target = self.builder.wan("target", self.recipe.generator, None)
         self.refresh_target()
-
-    @property
-    def roles(self) -> dict[str, Role]:
-        return {"generator": self.trained}
 
     def step(self) -> None:
         phases.consistency_update(self, Moment(self.cycle, self.position))
@@ -245,14 +291,11 @@ class ConsistencyStage(Stage):
         self.refresh_target()
 
 
-class OdeStage(Stage):
-    """Causal ODE distillation of the AR teacher, from its trajectories, into the few-step start of the generator."""
+class OdeStage(FewStepStage):
+    """Causal ODE distillation of the AR teacher, from its trajectories."""
 
     def __init__(self, name: str, run: Run, starts: Starts) -> None:
         super().__init__(name, run, starts)
-        builder = Builder(self.recipe, run.engine, run.draws)
-        training = Training(self.stage.optimizer, self.stage.cycles, self.stage.ema)
-        self.trained = builder.wan("generator", self.recipe.generator, training, self.fill("parent"))
         assert run.pairs is not None
         self.pairs = run.pairs
         self._refuse_other_steps()
@@ -268,10 +311,6 @@ class OdeStage(Stage):
             wish = f"rollout.steps at flow.shift are {[round(t, 1) for t in wanted]}"
             raise FileError(self.pairs.path, f"{what}; {wish}: change those, or make other trajectories")
 
-    @property
-    def roles(self) -> dict[str, Role]:
-        return {"generator": self.trained}
-
     def step(self) -> None:
         phases.ode_update(self, Moment(self.cycle, self.position))
 
@@ -284,6 +323,8 @@ class DmdStage(Stage):
         recipe, builder = self.recipe, Builder(self.recipe, run.engine, run.draws)
         updates = self.stage.cycles
         self.positions = ("generator", *("critic",) * recipe.dmd.critic_updates)
+        draws = self.layout.global_size * len(self.positions)
+        self.alarms = Alarms(recipe.alarms, dmd_alarms(recipe.alarms, draws))
         self.arithmetic = PRESETS[recipe.foresight.preset]
         self.rollout = rollout_settings(recipe)
         critic_training = Training(recipe.dmd.critic_optimizer, updates * recipe.dmd.critic_updates)

@@ -43,22 +43,24 @@ class Starts:
 def starts_of(recipe: schema.Recipe, stage: str, run_dir: Path) -> Starts:
     """What the recipe says a stage starts from. Raises CheckpointError when an earlier stage has no checkpoint."""
     settings = recipe.stages[stage]
+    teacher = source_of(recipe, stage, settings.teacher, run_dir)
+    critic = source_of(recipe, stage, settings.critic, run_dir) or teacher
+    return Starts(source_of(recipe, stage, settings.parent, run_dir), teacher, critic)
 
-    def source(name: str) -> Source | None:
-        if not name:
-            return None
-        if name in recipe.weights:
-            weights = recipe.weights[name]
-            return Source(name, Path(weights.path), cast(Which, weights.which), weights.kind, published=True)
-        root = run_dir / "stages" / name / "checkpoints"
-        path = newest(root)
-        if path is None:
-            raise CheckpointError(f"stage {stage} starts from {name}, but {root} holds no checkpoint")
-        earlier = recipe.stages[name]
-        return Source(name, path, "ema" if earlier.ema.decay > 0 else "raw", PRODUCES[earlier.kind], published=False)
 
-    teacher = source(settings.teacher)
-    return Starts(source(settings.parent), teacher, source(settings.critic) or teacher)
+def source_of(recipe: schema.Recipe, stage: str, name: str, run_dir: Path) -> Source | None:
+    """Where the weights are that `stage` calls `name`; None where it calls none. CheckpointError as above."""
+    if not name:
+        return None
+    if name in recipe.weights:
+        weights = recipe.weights[name]
+        return Source(name, Path(weights.path), cast(Which, weights.which), weights.kind, published=True)
+    root = run_dir / "stages" / name / "checkpoints"
+    path = newest(root)
+    if path is None:
+        raise CheckpointError(f"stage {stage} starts from {name}, but {root} holds no checkpoint")
+    earlier = recipe.stages[name]
+    return Source(name, path, "ema" if earlier.ema.decay > 0 else "raw", PRODUCES[earlier.kind], published=False)
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,24 @@ def fill(network: nn.Module, source: Source, stage_kind: str, role: str) -> Star
     """
     if not source.published:
         load_network(source.path, _role_in(source.path, role), network, source.which)
-        digest = hashlib.sha256((source.path / MANIFEST).read_bytes()).hexdigest()
-        return Started(source, source.kind, digest[:16], "")
+        return Started(source, source.kind, _manifest_digest(source.path), "")
     # agreed: a rank whose copy of the file is broken must not leave the others waiting in the load
     file, kind = agreed(source.path, lambda: _opened(source, stage_kind, role))
     report = load_into(network, file)
     cost = f": {report.bytes_read / 1e6:,.1f} of {file.bytes / 1e6:,.1f} MB read by this rank, {report.seconds:.1f} s"
     return Started(source, kind, report.checksum, cost)
+
+
+def identity(source: Source) -> str:
+    """What tells these weights from others, without reading them whole. FileError, on all ranks, for a damaged file."""
+    if not source.published:
+        return _manifest_digest(source.path)
+    found = agreed(source.path, lambda: open_weights(source.path, source.which).identity())
+    return " ".join(found.values())
+
+
+def _manifest_digest(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def _opened(source: Source, stage_kind: str, role: str) -> tuple[WeightFile, str]:

@@ -20,7 +20,7 @@ from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.method.ode import Integration, sample
 from mirai_dist.method.rollout import RolloutInputs, rollout
 from mirai_dist.method.sampling import euler_sample
-from mirai_dist.models.wan import Capture
+from mirai_dist.models.wan import Capture, Clean
 from mirai_dist.state.cursor import Cursor
 
 T = TypeVar("T")
@@ -55,8 +55,18 @@ class Studio:
 
     def generator_samples(self, role: Role) -> Tensor:
         """Pixels [N, T, 3, H, W] of rollouts through all denoising steps, of the clips quality is measured on."""
-        clips, latents = self._rollouts(role)
-        return self._pixels(clips, latents)
+        clips = self.own(self.recipe.evaluate.samples)
+        return self._pixels(clips, self._rollouts(role, clips))
+
+    def causal_latents(self, kind: str, role: Role, at_once: int) -> tuple[list[int], Tensor]:
+        """This rank's clips, and latents [n, F, C, H, W] of samples of a causal network of this kind of weights.
+
+        At most `at_once` are sampled together; all ranks make as many passes.
+        """
+        sample = self._ar_latents if kind == "ar" else self._rollouts
+        clips = self.own()
+        parts = [sample(role, clips[first : first + at_once]) for first in range(0, len(clips), at_once)]
+        return clips, torch.cat(parts)
 
     @torch.no_grad()
     def judged_samples(self, generator: Role, teacher: Role, critic: Role) -> dict[str, Tensor]:
@@ -65,7 +75,8 @@ class Studio:
         Each [N, T, 3, H, W]. Where the two differ is where DMD pulls; all noise is fixed, so that grids of different
         cycles can be compared.
         """
-        clips, latents = self._rollouts(generator)
+        clips = self.own(self.recipe.evaluate.samples)
+        latents = self._rollouts(generator, clips)
         at = torch.full((len(clips),), JUDGED_AT, device=latents.device)
         noise = self.run.draws.normal("evaluate/judged", 0, 0, clips, latents.shape[1:])
         noisy, text = add_noise(latents, noise, at), self.text(clips)
@@ -82,17 +93,15 @@ class Studio:
         return self._whole(clips, self.run.vae.decode(latents).cpu())
 
     @torch.no_grad()
-    def _rollouts(self, role: Role) -> tuple[list[int], Tensor]:
-        """This rank's clips, and latents of rollouts of them through all denoising steps."""
-        recipe, clips = self.recipe, self.own(self.recipe.evaluate.samples)
-        video, settings = recipe.video, rollout_settings(recipe)
+    def _rollouts(self, role: Role, clips: list[int]) -> Tensor:
+        """Latents of rollouts of some clips through all denoising steps."""
+        recipe, video, settings = self.recipe, self.recipe.video, rollout_settings(self.recipe)
         last, last_of_first = settings.last_steps
         shape = (settings.noises, video.latent_frames, video.channels, video.latent_height, video.latent_width)
         noise = self.run.draws.normal("evaluate/rollout", 0, 0, clips, shape).transpose(0, 1)
         inputs = RolloutInputs(noise, self.text(clips), exit_step=last, first_exit_step=last_of_first)
         cache = kv_cache(recipe, len(clips), video.latent_frames, noise.device, streaming=True)
-        latents, _ = rollout(causal(role.network), settings, inputs, cache)
-        return clips, latents
+        return rollout(causal(role.network), settings, inputs, cache)[0]
 
     @torch.no_grad()
     def teacher_samples(self, role: Role) -> Tensor:
@@ -107,11 +116,14 @@ class Studio:
         latents = euler_sample(velocity_of(role.network), noise, prompts, grid, recipe.dmd.guidance)
         return self._pixels(clips, latents)
 
-    @torch.no_grad()
     def ar_samples(self, role: Role) -> Tensor:
         """Pixels [N, T, 3, H, W] of many-step guided samples of an AR teacher, segment by segment, same clips."""
-        recipe, clips = self.recipe, self.own(self.recipe.evaluate.samples)
-        video = recipe.video
+        clips = self.own(self.recipe.evaluate.samples)
+        return self._pixels(clips, self._ar_latents(role, clips))
+
+    @torch.no_grad()
+    def _ar_latents(self, role: Role, clips: list[int]) -> Tensor:
+        recipe, video = self.recipe, self.recipe.video
         shape = (video.latent_frames, video.channels, video.latent_height, video.latent_width)
         noise = self.run.draws.normal("evaluate/ar", 0, 0, clips, shape)
         grid = euler_grid(recipe.evaluate.teacher_steps, recipe.flow.shift)
@@ -119,7 +131,7 @@ class Studio:
         whole = replace(recipe, rollout=replace(recipe.rollout, window_frames=0, sink_frames=0))
         cache = kv_cache(whole, 2 * len(clips), video.latent_frames, noise.device, streaming=True)
         prompts = Conditioning(self.text(clips), self.run.negative)
-        return self._pixels(clips, sample(causal(role.network), settings, noise, prompts, cache))
+        return sample(causal(role.network), settings, noise, prompts, cache)
 
     @torch.no_grad()
     def readout_states(self, role: Role) -> Tensor:
@@ -135,7 +147,7 @@ class Studio:
             add_noise(clean, noise, at),
             at,
             self.text(clips),
-            clean=clean,
+            clean=Clean(clean),
             segment_frames=segment,
             capture=Capture(depth, stop=True),
         )

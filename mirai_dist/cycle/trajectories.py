@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from mirai_dist.config import schema
+from mirai_dist.cycle.attending import backends_of
 from mirai_dist.cycle.encoders import clips_of, conditions_of
 from mirai_dist.cycle.roles import causal, kv_cache, wan_shape
-from mirai_dist.cycle.starts import Started, fill, starts_of
+from mirai_dist.cycle.starts import Started, fill, source_of
 from mirai_dist.data.arrays import Part
 from mirai_dist.data.latents import ODE, Entry, Plan, StoreWriter
 from mirai_dist.method.dmd import Conditioning
@@ -47,6 +48,11 @@ class Making:
     def settings(self) -> schema.Stage:
         return self.recipe.stages[self.stage]
 
+    def numbers(self, clips: int | None) -> list[int]:
+        """Which of `clips` clips (None: any number is one) the trajectories are of, in their order."""
+        cursor = Cursor(self.recipe.seed, f"{self.stage}/trajectories", clips)
+        return [cursor.index(n) for n in range(self.settings.trajectories)]
+
     @property
     def integration(self) -> Integration:
         """The Euler grid, which of its points are kept, and the guidance."""
@@ -65,8 +71,7 @@ def make(making: Making, part: Part, device: torch.device, console: Console) -> 
     recipe, video = making.recipe, making.recipe.video
     clips = clips_of(recipe, device)
     conditions = conditions_of(recipe, clips.captions_source, device)
-    cursor = Cursor(recipe.seed, f"{making.stage}/trajectories", clips.size)
-    numbers = [cursor.index(n) for n in range(making.settings.trajectories)]
+    numbers = making.numbers(clips.size)
     network, started = _teacher(making, device)
     states = len(recipe.rollout.steps) + 2
     plan = Plan(
@@ -128,10 +133,11 @@ def _say(making: Making, plan: Plan, missing: int, console: Console) -> None:
 def _teacher(making: Making, device: torch.device) -> tuple[nn.Module, Started]:
     """The whole AR teacher, in the compute dtype, on this device."""
     recipe = making.recipe
-    source = starts_of(recipe, making.stage, making.run_dir).parent
+    source = source_of(recipe, making.stage, making.settings.parent, making.run_dir)
     assert source is not None  # a rule wants the parent of an ode stage
+    backends = backends_of(recipe, device, trained=False)
     with torch.device("meta"):
-        network = WanModel(wan_shape(recipe.generator, recipe))
+        network = WanModel(wan_shape(recipe.generator, recipe), backends)
     network = network.to(getattr(torch, recipe.parallel.compute_dtype)).to_empty(device=device).requires_grad_(False)
     return network, fill(network, source, "ode", "parent")
 

@@ -1,12 +1,14 @@
-"""What is written down while a stage runs: progress, metrics, phase times."""
+"""What is written down while a stage runs: progress, metrics, phase times, alarms."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mirai_dist.cycle.stages import Stage
+from mirai_dist.observe.alarms import Change
 from mirai_dist.observe.console import Bar, Console
 from mirai_dist.observe.ledger import Ledger
 from mirai_dist.observe.sinks import Sinks
@@ -31,17 +33,18 @@ class Watch:
             stage.ledger = Ledger(on_phase=bar.phase)
             yield
 
-    def record(self, stage: Stage) -> None:
-        """Average the position's metrics over ranks and write them; at the end of a cycle also its phase times."""
-        values = stage.metrics.reduce()
-        record = {
+    def record(self, stage: Stage) -> list[Change]:
+        """Average the position's metrics over ranks and write them; at the end of a cycle also its phase times, and
+        the alarms that rose or cleared, which are returned."""
+        values, changes = stage.observe()
+        about = {
             "stage": stage.name,
             "cycle": stage.cycle,
             "position": stage.position,
             "phase": stage.positions[stage.position],
             "time": time.time(),
-            **values,
         }
+        record = {**about, **values}
         self._shown |= {name: values[name] for name in SHOWN if name in values}
         if stage.position == len(stage.positions) - 1:
             seconds = stage.ledger.close_cycle()
@@ -49,3 +52,13 @@ class Watch:
             assert self._bar is not None
             self._bar.update(stage.cycle + 1, values=self._shown)
         self.sinks.record(record)
+        for change in changes:
+            self._tell(change, about)
+        return changes
+
+    def _tell(self, change: Change, about: dict[str, Any]) -> None:
+        """Say that an alarm rose or cleared, and write a record of it beside those of metrics."""
+        (self.console.warn if change.raised else self.console.say)(change.sentence)
+        said = {"alarm": change.name, "sentence": change.sentence, f"alarm/{change.name}": float(change.raised)}
+        self.sinks.record({**about, **said})
+        self.sinks.text("alarms", change.sentence, change.cycle)

@@ -6,11 +6,13 @@ one way only, so a byte of it that is not the one that was written is noticed wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +78,24 @@ class Head:
         return self.begin + sum(field.bytes for field in self.fields)
 
 
+class InShards(ABC):
+    """Entries 0 ... `entries` - 1, `shard_size` to a shard."""
+
+    shard_size: int
+
+    @property
+    @abstractmethod
+    def entries(self) -> int: ...
+
+    @property
+    def shards(self) -> int:
+        return -(-self.entries // self.shard_size)
+
+    def numbers(self, shard: int) -> range:
+        """Entries of a shard."""
+        return range(shard * self.shard_size, min(self.entries, (shard + 1) * self.shard_size))
+
+
 def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}"
 
@@ -139,6 +159,26 @@ def sweep(path: Path) -> None:
 def json_file(content: Mapping[str, Any]) -> bytes:
     """A JSON object as these stores write it."""
     return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def begin_store(store: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Make the folder, and in it the file that says what the store is, with its digest, unless there is one.
+
+    Raises FileError when the disk refuses.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        if not (store / name).exists():
+            # Parts that start together write the same bytes: whose rename comes last does not matter.
+            with replacing(store / name) as file:
+                file.write(json_file({**content, "sha256": digest_of(content)}))
+    except OSError as error:
+        raise FileError(store, f"cannot be made: {error.strerror}; name another folder with --out") from error
 
 
 def bytes_of(values: Tensor) -> memoryview:

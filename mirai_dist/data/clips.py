@@ -8,13 +8,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mirai_dist.config.error import FileError
-from mirai_dist.data.latents import CLEAN, LatentStore
+from mirai_dist.data.latents import LatentStore
 from mirai_dist.data.lmdb_files import LmdbClips, holds_lmdb
 
 
 class Clips(Protocol):
-    """Clean latents with captions, by entry number 0 ... size - 1. IndexError for a number outside."""
+    """Clean latents with captions, by entry number 0 ... size - 1, and where there are any the states of the trajectory
+    that leads to each. IndexError for a number outside."""
 
     @property
     def size(self) -> int: ...
@@ -32,13 +32,9 @@ class Clips(Protocol):
         """[B, F, C, H, W] on the CPU in the stored dtype; of an ODE pair the last state. FileError: damaged."""
         ...
 
-
-class OdePairs(Clips, Protocol):
-    """Clips with the states of the trajectory that leads to each."""
-
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """Of the states before the final sample, from noise on (0 ... 1000)."""
+        """Of the states before the final sample, from noise on (0 ... 1000); empty for clean latents."""
         ...
 
     @property
@@ -47,7 +43,8 @@ class OdePairs(Clips, Protocol):
         ...
 
     def states(self, numbers: Sequence[int]) -> Tensor:
-        """[B, S, F, C, H, W] on the CPU in the stored dtype: at `timesteps`, the final sample, the ground truth."""
+        """[B, S, F, C, H, W] on the CPU in the stored dtype: at `timesteps`, the final sample, the ground truth.
+        FileError where there are clean latents alone."""
         ...
 
 
@@ -57,12 +54,3 @@ def open_clips(path: Path | str) -> LatentStore | LmdbClips:
     FileError, one line, when there is none or it cannot be used.
     """
     return LmdbClips(path) if holds_lmdb(Path(path)) else LatentStore(path)
-
-
-def open_ode_pairs(path: Path | str) -> OdePairs:
-    """A data set of ODE pairs. FileError when the folder holds clean latents, and as `open_clips`."""
-    clips = open_clips(path)
-    clean = clips.plan.kind == CLEAN if isinstance(clips, LatentStore) else clips.entry_shape[0] == 1
-    if clean:
-        raise FileError(path, "holds clean latents, no trajectories; make some: mirai data make ode")
-    return clips

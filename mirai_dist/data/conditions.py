@@ -61,3 +61,24 @@ class Encoded:
 
     def negative(self) -> Tensor:
         return self.encoder.negative()
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Entries of other conditions in an order of their own: entry n is their entry numbers[n]."""
+
+    source: Conditions
+    numbers: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.numbers)
+
+    def captions(self, numbers: Sequence[int]) -> list[str]:
+        return self.source.captions([self.numbers[n] for n in numbers])
+
+    def embed(self, numbers: Sequence[int]) -> Tensor:
+        return self.source.embed([self.numbers[n] for n in numbers])
+
+    def negative(self) -> Tensor:
+        return self.source.negative()

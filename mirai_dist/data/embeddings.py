@@ -41,10 +41,12 @@ from mirai_dist.data.arrays import (
     DIGEST_BYTES,
     Field,
     Head,
+    InShards,
+    begin_store,
     bytes_of,
+    digest_of,
     file_of,
     head_bytes,
-    json_file,
     read_head,
     replacing,
     shard_name,
@@ -59,7 +61,7 @@ _OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(InShards):
     """What a store belongs to; the content of store.json."""
 
     prompts: str  # sha256 of the prompt file
@@ -73,15 +75,11 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return digest_of(asdict(self))
 
     @property
-    def shards(self) -> int:
-        return -(-self.count // self.shard_size)
-
-    def numbers(self, shard: int) -> range:
-        """Entries of a shard."""
-        return range(shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size))
+    def entries(self) -> int:
+        return self.count
 
 
 @dataclass(frozen=True)
@@ -110,22 +108,15 @@ def establish(store: Path, identity: Identity) -> None:
 
     Raises FileError, naming what differs, when it belongs to something else, and when it cannot be written.
     """
-    path = store / STORE
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            # Parts that start together write the same bytes: whose rename comes last does not matter.
-            with replacing(path) as file:
-                file.write(json_file({**asdict(identity), "sha256": identity.digest}))
-    except OSError as error:
-        raise FileError(store, f"cannot be made: {error.strerror}; name another folder with --out") from error
+    begin_store(store, STORE, asdict(identity))
     found = identity_of(store)
     different = [name for name, value in asdict(identity).items() if value != getattr(found, name)]
     if different:
         name = different[0]
         was, now = getattr(found, name), getattr(identity, name)
         what = _DIFFERENCE.get(name, f"has {name} {was}, asked for {now}").format(was=was, now=now)
-        raise FileError(path, f"belongs to something else: {what}; name another folder with --out, or delete this one")
+        what = f"belongs to something else: {what}; name another folder with --out, or delete this one"
+        raise FileError(store / STORE, what)
 
 
 _DIFFERENCE = {

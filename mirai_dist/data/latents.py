@@ -37,8 +37,11 @@ from mirai_dist.config.error import FileError
 from mirai_dist.data.arrays import (
     Field,
     Head,
+    InShards,
     Part,
+    begin_store,
     bytes_of,
+    digest_of,
     file_of,
     head_bytes,
     json_file,
@@ -52,6 +55,7 @@ from mirai_dist.data.prompts import PromptFile
 PLAN = "plan.json"
 STORE = "store.json"
 PROMPTS = "prompts.txt"
+EMBEDDINGS = "embeddings"  # folder of the embeddings of prompts.txt, where they are precomputed
 CLEAN, ODE = "latents", "ode_pairs"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_AS = {"bfloat16": "BF16", "float16": "F16"}
@@ -61,7 +65,7 @@ _AGAIN = "run the command that made it again"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(InShards):
     """What a store is to hold, known before its first entry; the content of plan.json."""
 
     kind: str  # latents or ode_pairs
@@ -96,15 +100,11 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        return _digest(self.content)
+        return digest_of(self.content)
 
     @property
-    def shards(self) -> int:
-        return -(-self.candidates // self.shard_size)
-
-    def numbers(self, shard: int) -> range:
-        """Candidates of a shard."""
-        return range(shard * self.shard_size, min(self.candidates, (shard + 1) * self.shard_size))
+    def entries(self) -> int:
+        return self.candidates
 
 
 @dataclass(frozen=True)
@@ -150,19 +150,12 @@ class StoreWriter:
         self._establish()
 
     def _establish(self) -> None:
-        file = self.path / PLAN
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not file.exists():  # parts that start together write the same bytes
-                with replacing(file) as out:
-                    out.write(json_file({**self.plan.content, "sha256": self.plan.digest}))
-        except OSError as error:
-            raise FileError(self.path, f"cannot be made: {error.strerror}; name another folder with --out") from error
+        begin_store(self.path, PLAN, self.plan.content)
         found, asked = plan_of(self.path).content, self.plan.content
         for name, value in asked.items():
             if found[name] != value:
                 what = f"is of a store with another {name}: {_short(found[name])}, asked for {_short(value)}"
-                raise FileError(file, f"{what}; name another folder with --out, or delete this one")
+                raise FileError(self.path / PLAN, f"{what}; name another folder with --out, or delete this one")
 
     def missing(self) -> list[int]:
         """Shards of this part that have to be made. Those that are there are read, every byte."""
@@ -202,7 +195,7 @@ class StoreWriter:
         if count != len(numbers):
             raise ValueError(f"{shard_name(shard)} has {len(numbers)} candidates, {count} were given")
         path = file_of(self.path, shard_name(shard))
-        head = head_bytes({**label, "sha256": _digest(label)}, (_field(self.plan, len(stored)),))
+        head = head_bytes({**label, "sha256": digest_of(label)}, (_field(self.plan, len(stored)),))
         try:
             sweep(path)
             with replacing(path) as file:
@@ -243,7 +236,7 @@ class StoreWriter:
             "prompts": hashlib.sha256(prompts).hexdigest(),
         }
         try:
-            for name, data in ((PROMPTS, prompts), (STORE, json_file({**content, "sha256": _digest(content)}))):
+            for name, data in ((PROMPTS, prompts), (STORE, json_file({**content, "sha256": digest_of(content)}))):
                 with replacing(self.path / name) as file:
                     file.write(data)
         except OSError as error:
@@ -395,7 +388,7 @@ def open_shard(store: Path, plan: Plan, shard: int) -> Shard:
         raise FileError(path, f"cannot be read: {error.strerror}") from error
     label = head.label if head else {}
     digest = label.pop("sha256", None)
-    if head is None or digest != _digest(label):
+    if head is None or digest != digest_of(label):
         raise FileError(path, f"is damaged: its head is not the one that was written; delete it and {_AGAIN}")
     if label.get("store") != plan.digest or label.get("shard") != shard_name(shard):
         raise FileError(path, f"belongs to another store or another place in it; delete it and {_AGAIN}")
@@ -411,7 +404,7 @@ def plan_of(store: Path) -> Plan:
     """Content of a store's plan.json, finished or not. FileError when there is none or it was damaged."""
     content = _record(store, PLAN)
     digest = content.pop("sha256", None)
-    if digest != _digest(content):
+    if digest != digest_of(content):
         raise FileError(store / PLAN, f"was altered after it was written; delete it and {_AGAIN}")
     return _plan_from(content, store / PLAN)
 
@@ -427,10 +420,6 @@ def _field(plan: Plan, count: int) -> Field:
 
 def _forms(head: Head) -> str:
     return ", ".join(f"{item.name} {item.dtype} {list(item.shape)}" for item in head.fields)[:120] or "no tensor"
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: object) -> str:
@@ -461,7 +450,7 @@ def _manifest(store: Path) -> dict[str, Any]:
     if "encoder" in content:
         raise FileError(store, "holds text embeddings, not latents; name the folder of latents or ODE pairs")
     digest = content.pop("sha256", None)
-    if digest != _digest(content) or not _is_manifest(content):
+    if digest != digest_of(content) or not _is_manifest(content):
         raise FileError(store / STORE, f"was altered after it was written; delete it and {_AGAIN}")
     return {**content, "sha256": digest}
 

@@ -7,13 +7,15 @@ whose start is outside the bounds does not begin.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mirai_dist.config.gates import Bounds, Interval
 from mirai_dist.method.health import split_steps, steps
 
 FRAMES_PER_LATENT = 4  # pixel frames of every latent frame but the first, which holds one
@@ -35,43 +37,33 @@ class GateMeasures:
     motion: tuple[float, ...]
     saturation: tuple[float, ...]
 
-    def record(self) -> dict[str, Any]:
-        """JSON values: of each measure its median and every clip's value."""
-        return {
-            each.name: {"median": median(getattr(self, each.name)), "clips": list(getattr(self, each.name))}
-            for each in fields(self)
-        }
+    @classmethod
+    def of_clips(cls, clips: Sequence[GateMeasures]) -> GateMeasures:
+        """The measures of several sets of clips, in their order."""
+        return cls(*(tuple(v for each in clips for v in getattr(each, field.name)) for field in fields(cls)))
 
 
 @dataclass(frozen=True)
-class Interval:
-    """From `low` to `high`."""
+class Judged:
+    """One measure of all clips, and the bounds it was held against, both in its own unit.
 
-    low: float
-    high: float
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high  # nan is outside
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Where each measure of a clip must lie; `relative` ones are in multiples of the reference clips' median.
-
-    failing: the share of clips that may be outside.
+    reference: the median of the reference clips, of which the bounds are multiples; nan where they are absolute.
     """
 
-    boundary_jump: Interval
-    motion: Interval
-    saturation: Interval
-    failing: float = 0.25
+    measure: str
+    values: tuple[float, ...]
+    legal: Interval
+    reference: float
 
-    def of(self, measure: str) -> Interval:
-        return getattr(self, measure)
+    @property
+    def median(self) -> float:
+        """nan where a value is."""
+        return median(self.values) if all(map(math.isfinite, self.values)) else math.nan
 
+    @property
+    def outside(self) -> list[float]:
+        return [value for value in self.values if value not in self.legal]
 
-RELATIVE = Bounds(Interval(0.0, 2.0), Interval(0.4, 2.0), Interval(0.5, 1.6))
-ABSOLUTE = Bounds(Interval(0.0, 3.0), Interval(0.02, 1.1), Interval(0.4, 1.6))  # latents normalised to spread 1
 
 _FAULTS = {
     "boundary_jump": ("segments join up less well", "segments jump at their boundaries"),
@@ -109,23 +101,34 @@ def _jumps(steps: Tensor, frames_per_segment: int) -> Tensor:
     return torch.where(largest <= STILL, 0.0, largest / usual.clamp_min(STILL))
 
 
-def check(measures: GateMeasures, bounds: Bounds, reference: GateMeasures | None = None) -> list[str]:
-    """Why the gate fails, one sentence a measure; empty where it passes.
+def judge(measures: GateMeasures, bounds: Bounds, reference: GateMeasures | None = None) -> list[Judged]:
+    """Each measure beside its bounds.
 
     reference: measures of good clips of the same shape (real ones, or the teacher's); with it the bounds are multiples
     of its medians, without it they are absolute.
     """
-    reasons = []
-    for measure, (too_low, too_high) in _FAULTS.items():
-        values, legal = getattr(measures, measure), bounds.of(measure)
-        unit = median(getattr(reference, measure)) if reference else 1.0
-        low, high = legal.low * unit, legal.high * unit
-        outside = [value for value in values if value not in Interval(low, high)]
-        if len(outside) > bounds.failing * len(values):
-            fault = too_low if median(outside) < low else too_high
-            against = f", {unit:.3g} in reference clips" if reference else ""
-            reasons.append(
-                f"{fault}: {measure} of {len(outside)} of {len(values)} clips is outside {low:.3g} to {high:.3g} "
-                f"(median {median(values):.3g}{against})"
+    found = []
+    for each in fields(GateMeasures):
+        legal, values = bounds.of(each.name), getattr(measures, each.name)
+        unit = median(getattr(reference, each.name)) if reference else 1.0
+        legal = Interval(legal.low * unit, legal.high * unit)
+        found.append(Judged(each.name, values, legal, unit if reference else math.nan))
+    return found
+
+
+def reasons(judged: Sequence[Judged], failing: float) -> list[str]:
+    """Why the gate fails, one sentence a measure; empty where it passes. failing: share of clips that may fail."""
+    broken = {i for each in judged for i, value in enumerate(each.values) if not math.isfinite(value)}
+    if broken:
+        return [f"{len(broken)} of {len(judged[0].values)} clips hold values that are not finite"]
+    found = []
+    for each in judged:
+        outside, clips = each.outside, len(each.values)
+        if len(outside) > failing * clips:
+            fault = _FAULTS[each.measure][0 if median(outside) < each.legal.low else 1]
+            against = "" if math.isnan(each.reference) else f", {each.reference:.3g} in clean clips"
+            found.append(
+                f"{fault}: {each.measure} of {len(outside)} of {clips} clips is outside {each.legal} "
+                f"(median {each.median:.3g}{against})"
             )
-    return reasons
+    return found

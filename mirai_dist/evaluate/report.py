@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from html import escape
 from pathlib import Path
@@ -25,7 +25,7 @@ from mirai_dist.evaluate.charts import IntervalRow, LineChart, Palette, Series, 
 from mirai_dist.evaluate.statistics import Paired, difference_in_differences, paired
 from mirai_dist.evaluate.video_files import poster
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 T = TypeVar("T")
 
 
@@ -72,6 +72,21 @@ class QualityRow:
         differences = [a - b for a, b in zip(treatment, baseline, strict=True)]
         cells = {name: Cell.of(numbers) for name, numbers in values.items()}
         return cls(metric, cells, paired(differences, higher_is_better), unit, higher_is_better, note)
+
+
+@dataclass(frozen=True)
+class StageStep:
+    """What one stage, or one arm of the study, buys: its mean score, and `gain` over its parent's samples, paired by
+    prompt (None: it starts from nothing that was sampled). seconds: of training; of an arm, the mean over seeds."""
+
+    name: str
+    kind: str
+    parent: str
+    frames_per_segment: int  # 0: all frames at once
+    cycles: int
+    seconds: float
+    score: float
+    gain: Paired | None
 
 
 @dataclass(frozen=True)
@@ -160,11 +175,60 @@ class VideoTable:
 
 
 @dataclass(frozen=True)
+class GateRow:
+    """One measure of a gate: its median over `clips` clips, the bounds, and how many clips were outside.
+
+    reference: the median of clean clips, of which the bounds are multiples; nan where they are absolute.
+    """
+
+    measure: str
+    median: float
+    low: float
+    high: float
+    reference: float
+    outside: int
+    clips: int
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate before a stage said of the stage's start; `failing`: share of clips that may be outside."""
+
+    stage: str
+    start: str
+    passed: bool
+    failing: float
+    measures: list[GateRow]
+
+
+@dataclass(frozen=True)
 class StageCurves:
     """Training curves of one stage."""
 
     stage: str
     charts: list[LineChart]
+
+
+@dataclass(frozen=True)
+class AlarmChange:
+    """An alarm that rose or cleared at the end of a cycle, in its own words."""
+
+    cycle: int
+    raised: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class RunAlarms:
+    """What the alarms of one training run said, in order. silence: why they could not say anything, if so."""
+
+    run: str
+    changes: list[AlarmChange]
+    silence: str = ""
+
+    @property
+    def raised(self) -> int:
+        return sum(change.raised for change in self.changes)
 
 
 @dataclass(frozen=True)
@@ -191,8 +255,8 @@ class Provenance:
 class Report:
     """Everything the page shows.
 
-    order: every name that has a colour, in the order ground truth, teacher, few-step start, baseline,
-    foresight, then controls (colours are given out in that order). treatment, baseline: the compared arms.
+    order: every name that has a colour, in the order ground truth, stages, arms, then controls (colours are given out
+    in that order). treatment, baseline: the compared arms.
     """
 
     name: str
@@ -202,10 +266,13 @@ class Report:
     order: list[str]
     seeds: list[int]
     provenance: Provenance
+    steps: list[StageStep] = field(default_factory=list)
     quality: list[QualityRow] = field(default_factory=list)
     probe: ProbeResult | None = None
     videos: VideoTable | None = None
+    gates: list[GateResult] = field(default_factory=list)
     curves: list[StageCurves] = field(default_factory=list)
+    alarms: list[RunAlarms] = field(default_factory=list)
     timing: list[Timing] = field(default_factory=list)
     recipe_yaml: str = ""
     effective_yaml: str = ""
@@ -214,7 +281,7 @@ class Report:
 
     def to_json(self) -> str:
         """Strict JSON; non-finite floats become the strings "nan", "inf", "-inf"."""
-        return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
+        return strict_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -236,11 +303,11 @@ def write(run_dir: Path, report: Report) -> Path:
     return run_dir / "report.html"
 
 
-def read_series(path: Path, metric: str, name: str) -> Series:
-    """The curve of `metric` over cycles in a metrics.jsonl, under `name`; records without it are passed over."""
+def series_of(records: Iterable[Mapping[str, Any]], metric: str, name: str) -> Series:
+    """The curve of `metric` over cycles in records of a metrics.jsonl, under `name`; those without it are passed
+    over."""
     xs, ys = [], []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in records:
         if metric in record:
             xs.append(float(record["cycle"]))
             ys.append(float(record[metric]))
@@ -250,10 +317,15 @@ def read_series(path: Path, metric: str, name: str) -> Series:
 # --- JSON ----------------------------------------------------------------------------------------------------
 
 
+def strict_json(value: Any) -> str:
+    """JSON that any reader takes; non-finite floats become the strings "nan", "inf", "-inf", which float() reads."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -326,7 +398,7 @@ def findings(report: Report) -> list[Finding]:
 
 def summary(report: Report) -> list[str]:
     """Plain sentences, each following from the report's numbers."""
-    sentences = [*_quality_sentences(report), *_probe_sentences(report)]
+    sentences = [*_quality_sentences(report), *_probe_sentences(report), *_alarm_sentences(report)]
     intervals = [row.difference for row in report.quality if row.difference is not None]
     intervals += [claim.difference for claim in report.probe.claims] if report.probe else []
     count = sum(difference.n > 1 for difference in intervals)
@@ -396,6 +468,11 @@ def _probe_sentences(report: Report) -> list[str]:
     ]
 
 
+def _alarm_sentences(report: Report) -> list[str]:
+    runs = [each.run for each in report.alarms if each.raised]
+    return [f"Alarms were raised in {len(runs)} of {len(report.alarms)} runs: {_listed(runs)}."] if runs else []
+
+
 def _in_words(difference: Paired, unit: str) -> str:
     if difference.n == 1:
         return f"{signed(difference.mean)}{_unit(unit)}, one seed, no interval"
@@ -442,8 +519,11 @@ def render(report: Report, run_dir: Path) -> str:
     sections = [
         _summary_section(report),
         _video_section(report, run_dir),
+        _steps_section(report),
         _quality_section(report),
         _probe_section(report, palette),
+        _gate_section(report),
+        _alarm_section(report),
         _curve_section(report, palette),
         _timing_section(report),
         _provenance_section(report),
@@ -512,6 +592,37 @@ def _video(column: str, path: str | None, run_dir: Path) -> str:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _steps_section(report: Report) -> str:
+    if not report.steps:
+        return ""
+    columns = ("stage", "starts from", "segment", "cycles", "time", "score", "gain", "95 % interval", "better in", "")
+    rows = "".join(_step_row(step) for step in report.steps)
+    gains = [
+        _interval_row(f"{step.name} − {step.parent}", step.gain, verdict(step.gain))
+        for step in report.steps
+        if step.gain
+    ]
+    chart = charts.interval_chart("Gain over what the stage started from", "score (95 % interval over prompts)", gains)
+    lead = (
+        "The mean score of what each stage has trained, and its gain over what it started from: the same prompts, "
+        "paired, with Student's t interval. It covers the prompts alone; another training would come out differently. "
+        "An arm is the mean over its seeds. To make a network causal, or fast, may cost quality: this is what it costs."
+    )
+    head = "".join(f"<th>{text}</th>" for text in columns)
+    return _section("steps", "What each stage buys", lead, f'<div class="scroll">{chart}</div>{_table(head, rows)}')
+
+
+def _step_row(step: StageStep) -> str:
+    segment = f"{step.frames_per_segment} frames" if step.frames_per_segment > 1 else "1 frame"
+    facts = (step.parent or "–", segment if step.frames_per_segment else "whole clip", str(step.cycles))
+    cells = f'<th scope="row">{escape(step.name)}<small>{escape(step.kind)}</small></th>'
+    cells += "".join(f"<td>{escape(fact)}</td>" for fact in facts)
+    cells += f"<td>{_duration(step.seconds)}</td><td>{number(step.score)}</td>"
+    if step.gain is None:
+        return f'<tr>{cells}<td class="split quiet" colspan="4">not compared</td></tr>'
+    return f"<tr>{cells}{_difference_cells(step.gain, verdict(step.gain))}</tr>"
 
 
 def _quality_section(report: Report) -> str:
@@ -644,6 +755,51 @@ def _claim_table(probe: ProbeResult) -> str:
     return _table(head, rows)
 
 
+def _alarm_section(report: Report) -> str:
+    if not report.alarms:
+        return ""
+    rows = ""
+    for each in report.alarms:
+        if each.silence:
+            pill, words, said = "undecided", "not watched", [each.silence]
+        else:
+            pill, words = ("worse", f"{each.raised} raised") if each.raised else ("better", "none was raised")
+            said = [change.sentence for change in each.changes]
+        text = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+        rows += f'<li><span class="pill {pill}">{words}</span><span>{escape(each.run)}</span><div>{text}</div></li>'
+    lead = (
+        "After a warm-up, the mean of the last cycles of each measure is compared with the limits of the recipe. An "
+        "alarm rises once, and clears when that mean has stayed inside for as many cycles."
+    )
+    return _section("alarms", "Alarms", lead, f'<ul class="findings">{rows}</ul>')
+
+
+def _gate_section(report: Report) -> str:
+    if not report.gates:
+        return ""
+    columns = ("", "median", "clean clips", "bounds", "clips outside", "")
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    rows = "".join(_gate_rows(gate) for gate in report.gates)
+    lead = (
+        "Before a stage begins, its start is rolled out on fixed prompts. Where there are clean clips, the bounds are "
+        "multiples of what those measure. A stage whose start fails does not begin."
+    )
+    return _section("gates", "Gates between stages", lead, _table(head, rows))
+
+
+def _gate_rows(gate: GateResult) -> str:
+    outcome, word = ("better", "passed") if gate.passed else ("worse", "failed")
+    pill = f'<span class="pill {outcome}">{word}</span>'
+    rows = f'<tr><th scope="row" colspan="5">{escape(gate.stage)}<small>starts from {escape(gate.start)}</small></th>'
+    rows += f"<td>{pill}</td></tr>"
+    for row in gate.measures:
+        bounds, outside = f"{number(row.low)} to {number(row.high)}", f"{row.outside} of {row.clips}"
+        cells = (number(row.median), number(row.reference), bounds, outside)
+        rows += f'<tr><th scope="row">{escape(row.measure.replace("_", " "))}</th>'
+        rows += "".join(f"<td>{cell}</td>" for cell in cells) + f"<td>at most {gate.failing:.0%}</td></tr>"
+    return rows
+
+
 def _curve_section(report: Report, palette: Palette) -> str:
     if not report.curves:
         return ""
@@ -721,6 +877,7 @@ section { margin-top:3.2rem; } header { margin-bottom:1.4rem; } header + section
   padding:.36rem 0; border-bottom:1px solid var(--line); font-size:.88rem; line-height:1.45; }
 .findings li:last-child { border-bottom:0; } .findings .pill { justify-self:start; }
 .findings .quiet { font-variant-numeric:tabular-nums; }
+#alarms .findings li { grid-template-columns:8.6rem 12rem minmax(0,1fr); } #alarms p { margin:0 0 .3rem; }
 .notes { margin:1rem 0 0; padding-left:1.1rem; color:var(--muted); font-size:.9rem; }
 .pill { display:inline-block; white-space:nowrap; border-radius:99px; padding:.08rem .6rem; font-size:.78rem;
   line-height:1.5; background:var(--soft); color:var(--muted); }
@@ -741,7 +898,7 @@ table.numbers thead th { color:var(--muted); font-weight:500; border-bottom:1px 
 table.numbers th:first-child { text-align:left; padding-left:0; }
 table.numbers tbody th { font-weight:500; white-space:normal; min-width:9rem; }
 table.numbers small { display:block; color:var(--muted); font-weight:400; line-height:1.35; }
-#quality .split { border-left:1px solid var(--line-strong); padding-left:.9rem; }
+#quality .split, #steps .split { border-left:1px solid var(--line-strong); padding-left:.9rem; }
 svg.strip { display:block; margin:0 0 .15rem auto; } figure.chart + .scroll { margin-top:.6rem; }
 .multiples { display:grid; grid-template-columns:repeat(auto-fill,minmax(300px,1fr)); gap:1.6rem 1.8rem; }
 .probe { display:grid; grid-template-columns:repeat(auto-fit,minmax(340px,1fr)); gap:1.5rem 2rem; align-items:center; }
@@ -750,7 +907,8 @@ dt { color:var(--muted); } dd { margin:0; overflow-wrap:anywhere; }
 details { margin-top:1rem; } summary { cursor:pointer; color:var(--muted); font-size:.9rem; }
 pre { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:1rem; overflow-x:auto;
   font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
-@media (max-width:640px) { .findings li { grid-template-columns:1fr; gap:.2rem; } dl { grid-template-columns:1fr; } }
+@media (max-width:640px) { .findings li, #alarms .findings li {
+  grid-template-columns:1fr; gap:.2rem; } dl { grid-template-columns:1fr; } }
 @media print { body { background:#fff; } section { break-inside:avoid-page; } }
 """
 

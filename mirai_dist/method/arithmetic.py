@@ -63,3 +63,8 @@ def kept_frames(total: int, trained: int, per_segment: int, window: int, sink: i
     before = total - trained - window  # frames that no segment with a graph sees
     whole = (held for held in range(seen, every, per_segment) if before % held + seen <= held)
     return next(whole, every)
+
+
+def outputs_of_predictor(fusion: str, offsets: Sequence[int]) -> int:
+    """How many answers [.., D] the predictor gives for each token: its width is this many times the encoder's."""
+    return 1 if fusion == "offsets" else len(offsets)

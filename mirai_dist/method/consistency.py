@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mirai_dist.method.dmd import Conditioning
 from mirai_dist.method.flow import add_noise, clean_from_velocity, expand_like
-from mirai_dist.method.teacher_forcing import TeacherForcedNetwork, guided_velocity
+from mirai_dist.method.teacher_forcing import StateNetwork, TeacherForcedNetwork, guided_velocity
 
 
 class ConsistencyNetworks(NamedTuple):
     """The student, its moving average (the target) and the frozen AR teacher, all teacher-forced."""
 
-    student: TeacherForcedNetwork
+    student: StateNetwork
     target: TeacherForcedNetwork
     teacher: TeacherForcedNetwork
 
@@ -29,8 +29,9 @@ class Neighbours(NamedTuple):
 
 def consistency_loss(
     networks: ConsistencyNetworks, clean: Tensor, noise: Tensor, at: Neighbours, prompts: Conditioning, guidance: float
-) -> Tensor:
-    """Mean squared distance between the student's x0 at t and the target's x0 one teacher step later.
+) -> tuple[Tensor, Tensor | None]:
+    """(loss, the student's states): mean squared distance between the student's x0 at t and the target's x0 one
+    teacher step later.
 
     The teacher's step is guided as unconditional + guidance (conditional - unconditional), both in one call. The
     boundary condition holds by parametrisation: at t = 0, x0 is the input. The last interval of the grid, which ends
@@ -50,5 +51,5 @@ def consistency_loss(
         nearer = (noisy + step * velocity).to(wide)
         velocity = networks.target(nearer, at.next_timesteps, prompts.text, clean)
         goal = clean_from_velocity(nearer, velocity, at.next_timesteps)
-    velocity = networks.student(noisy, at.timesteps, prompts.text, clean)
-    return (clean_from_velocity(noisy, velocity, at.timesteps) - goal).square().mean()
+    velocity, hidden = networks.student(noisy, at.timesteps, prompts.text, clean)
+    return (clean_from_velocity(noisy, velocity, at.timesteps) - goal).square().mean(), hidden

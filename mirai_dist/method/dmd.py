@@ -24,6 +24,21 @@ class Conditioning(NamedTuple):
     negative: Tensor
 
 
+class Scores(NamedTuple):
+    """One comparison of the two scores on rollouts [B, F, C, H, W], all but timesteps of that shape, without graph.
+
+    latents: the rollout. fake, conditional, real: x0 of the critic, of the teacher without guidance and of the guided
+    teacher, all from the same noisy rollout at `timesteps` [B]. gradient: the normalised DMD gradient.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    fake: Tensor
+    conditional: Tensor
+    real: Tensor
+    gradient: Tensor
+
+
 SCHEDULES = ("none", "lower", "both")
 
 
@@ -64,8 +79,8 @@ def score_difference(
     prompts: Conditioning,
     scores: tuple[Velocity, Velocity],
     guidance: float,
-) -> Tensor:
-    """The normalised DMD gradient g [B, F, C, H, W], at least float32.
+) -> Scores:
+    """The normalised DMD gradient g [B, F, C, H, W], at least float32, and the estimates it was made of.
 
     g = (fake - real) / mean|x - real|, the mean over one sample; fake and real are the critic's and the guided
     teacher's x0 of the noised rollout. `scores` is (teacher, critic). Non-finite values are not masked.
@@ -80,7 +95,7 @@ def score_difference(
     )
     real = guided(conditional, unconditional, guidance)
     scale = (latents.to(dtype) - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return (fake - real) / scale
+    return Scores(latents.detach(), timesteps, fake, conditional, real, (fake - real) / scale)
 
 
 def dmd_loss(latents: Tensor, gradient: Tensor, gradient_mask: Tensor | None = None) -> Tensor:

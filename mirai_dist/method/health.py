@@ -19,32 +19,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mirai_dist.method.dmd import Scores
 from mirai_dist.method.flow import TIMESTEPS, expand_like
 
 BUCKETS = 5  # of equal width over 0..1000
 MOST_SEGMENTS = 21  # longer rollouts are pooled into at most so many parts: names in a reduction are limited
 MOST_ELEMENTS = 1 << 20  # weights of a rank's shards that are compared around an update
 Parts = dict[str, Tensor]
-
-
-class Scores(NamedTuple):
-    """One distribution-matching step on rollouts [B, F, C, H, W], all of that shape, without graph.
-
-    latents: the rollout. fake, conditional, real: x0 of the critic, of the teacher without guidance and of the guided
-    teacher, all from the same noisy rollout at `timesteps` [B]. gradient: the normalised DMD gradient.
-    """
-
-    latents: Tensor
-    timesteps: Tensor
-    fake: Tensor
-    conditional: Tensor
-    real: Tensor
-    gradient: Tensor
 
 
 @torch.no_grad()
@@ -246,34 +231,44 @@ class Moved:
         stride = max(1, -(-sum(t.numel() for t in tensors) // most))
         # a view, never a copy: it must show the weights as they will be
         self._views = [t.detach().view(-1)[::stride] for t in tensors if t.numel()]
-        self._before = [view.clone() for view in self._views]
+        self._before = self._now()
+
+    def _now(self) -> Tensor:
+        """The sample [n] as it is, in one tensor: few operations, however many parameters there are."""
+        return torch.cat(self._views) if self._views else torch.zeros(0)
 
     @torch.no_grad()
     def parts(self, name: str) -> Parts:
         """Parts of `moved/name`, the fraction of weights that changed since, and of `update_ratio/name`, the norm of
         the change relative to the weights' norm."""
-        pairs = list(zip(self._views, self._before, strict=True))
-        none = torch.zeros(())
+        before, now = self._before, self._now()
+        wide = torch.promote_types(before.dtype, torch.float32)
         return {
-            f"moved/{name}#x": sum(((now != before).sum() for now, before in pairs), none),
-            f"moved/{name}#n": torch.tensor(float(sum(before.numel() for before in self._before))),
-            f"update_ratio/{name}#xx": sum(
-                ((now.float() - before.float()).square().sum() for now, before in pairs), none
-            ),
-            f"update_ratio/{name}#n": sum((before.float().square().sum() for before in self._before), none),
+            f"moved/{name}#x": (now != before).sum(),
+            f"moved/{name}#n": torch.tensor(float(before.numel())),
+            f"update_ratio/{name}#xx": (now.to(wide) - before.to(wide)).square().sum(),
+            f"update_ratio/{name}#n": before.to(wide).square().sum(),
         }
 
 
-def gate_norms(modulations: Sequence[Tensor]) -> Parts:
+GATES = {"gate/attention": 2, "gate/ffn": 5}  # rows of a block's modulation
+
+
+@torch.no_grad()
+def gate_norms(modulations: Sequence[tuple[Tensor, int]]) -> Parts:
     """Parts of `gate/attention` and `gate/ffn`: root mean square of the gates of the predictor's blocks.
 
-    modulations: local rows of each block's [6, dim] in the order scale, shift, gate twice, whole on this rank.
+    modulations: of each block this rank's rows [n, dim] of [6, dim], in the order scale, shift, gate twice, and the
+    index of the first of them. A rank without a gate's row adds nothing to it.
     """
-    gates = torch.stack([m.detach().float() for m in modulations])
-    return {
-        "gate/attention#xx": gates[:, 2].square().mean(),
-        "gate/ffn#xx": gates[:, 5].square().mean(),
-    }
+    parts = {}
+    for name, row in GATES.items():
+        own = [rows[row - first] for rows, first in modulations if first <= row < first + len(rows)]
+        gates = torch.cat(own) if own else torch.zeros(0)
+        wide = torch.promote_types(gates.dtype, torch.float32)
+        parts[f"{name}#xx"] = gates.detach().to(wide).square().sum()
+        parts[f"{name}#n"] = torch.tensor(float(gates.numel()))
+    return parts
 
 
 # --- numbers out of parts ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from mirai_dist.method.dmd import Conditioning
 from mirai_dist.method.flow import TIMESTEPS, clean_from_velocity
 from mirai_dist.method.rollout import Cache, Past, SegmentNetwork
-from mirai_dist.method.teacher_forcing import guided_velocity
+from mirai_dist.method.teacher_forcing import StateNetwork, guided_velocity
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,6 @@ class OdePairs(NamedTuple):
 
     states: Tensor
     timesteps: tuple[float, ...]
-
-
-class StateNetwork(Protocol):
-    """A teacher-forced network (timesteps [B, F]): velocity of every noisy segment, and its mid-depth states
-    [B, tokens, dim] if the caller wants them for foresight, else None."""
-
-    def __call__(
-        self, latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor
-    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 def recorded_points(steps: Sequence[int], points: int) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 In causal ODE distillation the generator is teacher-forced on ground truth, so its future is known: the encoder reads
 the whole ground-truth video at timestep 0, as it reads the finished rollout in DMD, and the state of segment i is the
-residual stream of the noisy half at mid depth. What is compared is one of three things ("fusion"):
+residual stream of the noisy half at mid depth, at whatever timestep the segment is noised to. What is compared is one
+of three things ("fusion"):
 
     none      one target an offset k: features of segment i + k, token by token
     frames    one target an offset k: features of segment i + k averaged over the frames of that segment, so that
@@ -14,7 +15,11 @@ within each segment)" and averaging across offsets. It leaves open, and we decid
 before the predictor (the authors' release pools so where it pools at all, over places); with one loss an offset the
 predictor answers every offset from an output of its own, since a single answer to several cosine losses would be an
 answer to their mean; the loss is the mean over all (segment, offset) pairs that exist. With one frame a segment,
-`frames` is `none`.
+`frames` is `none`. The encoder reads the whole clip, not the future segment alone, as in DMD. There is no replay: the
+predictor of DMD has critic updates to learn in, this one is updated with every update of the generator.
+
+The paper speaks of ODE distillation alone. Consistency distillation is teacher-forced on ground truth just as well, so
+both few-step starts can have it; there the states are the student's, never those of its moving average.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mirai_dist.method.arithmetic import outputs_of_predictor as outputs_of_predictor
 from mirai_dist.method.foresight import Arithmetic, cosine, fuse_targets, supervised_segments
 
 FUSIONS = ("none", "frames", "offsets")
@@ -35,11 +41,6 @@ class Clip(NamedTuple):
 
     segments: int
     frames: int
-
-
-def outputs_of_predictor(fusion: str, offsets: Sequence[int]) -> int:
-    """How many answers [.., D] the predictor gives for each token: its width is this many times the encoder's."""
-    return 1 if fusion == "offsets" else len(offsets)
 
 
 def ground_truth_targets(

@@ -24,6 +24,15 @@ class TeacherForcedNetwork(Protocol):
     def __call__(self, latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor: ...
 
 
+class StateNetwork(Protocol):
+    """A teacher-forced network (timesteps [B, F]): velocity of every noisy segment, and its mid-depth states
+    [B, tokens, dim] if the caller wants them for foresight, else None."""
+
+    def __call__(
+        self, latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
 class NoisedContextNetwork(Protocol):
     """Velocity of every noisy segment given earlier segments that are themselves noised to context_timesteps [B, F]."""
 

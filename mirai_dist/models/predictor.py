@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mirai_dist.attention.patterns import Full
+from mirai_dist.attention.patterns import TORCH, Backends, Pattern
 from mirai_dist.models.wan.model import Attention, layer_norm
 
 
@@ -20,8 +20,9 @@ class PredictorBlock(nn.Module):
     order scale, shift, gate for attention, then for the feed-forward.
     """
 
-    def __init__(self, dim: int, heads: int, gated: bool) -> None:
+    def __init__(self, dim: int, heads: int, gated: bool, dense: Pattern) -> None:
         super().__init__()
+        self.dense = dense
         self.attn = Attention(dim, heads)
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.modulation = nn.Parameter(torch.zeros(6, dim)) if gated else None
@@ -35,15 +36,17 @@ class PredictorBlock(nn.Module):
         return x + gate_f * self.ffn(layer_norm(x) * (1 + scale_f) + shift_f)
 
     def _attend(self, x: Tensor) -> Tensor:
-        return self.attn.output(Full()(self.attn.queries(x), *self.attn.keys_values(x)))
+        return self.attn.output(self.dense(self.attn.queries(x), *self.attn.keys_values(x)))
 
 
 class Predictor(nn.Module):
     """Generator state [B, S, dim] of a segment -> encoder feature space [B, S, target_dim]."""
 
-    def __init__(self, dim: int, target_dim: int, heads: int, blocks: int, gated: bool) -> None:
+    def __init__(
+        self, dim: int, target_dim: int, heads: int, blocks: int, gated: bool, backends: Backends = TORCH
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(PredictorBlock(dim, heads, gated) for _ in range(blocks))
+        self.blocks = nn.ModuleList(PredictorBlock(dim, heads, gated, backends.dense) for _ in range(blocks))
         self.projection = nn.Linear(dim, target_dim, bias=False)
 
     def forward(self, state: Tensor) -> Tensor:

@@ -13,20 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Thresholds of a recipe; a limit of 0 turns its alarms off."""
-
-    warmup_cycles: int = 5
-    window_cycles: int = 10
-    saturation: float = 1.5
-    mean_drift: float = 0.4
-    motion: float = 0.5
-    critic_lag: float = 1.25
-    moved: float = 0.5
-    score_scale: float = 2.0
-    timesteps: float = 6.0
+from mirai_dist.config import schema
 
 
 @dataclass(frozen=True)
@@ -93,15 +80,13 @@ class Change:
 
 
 class Alarms:
-    """The alarms of one dmd stage, fed with the metrics of each position, which are equal on all ranks.
+    """The alarms of one stage, fed with the metrics of each position, which are equal on all ranks.
 
-    draws: score timesteps drawn in a cycle, over all ranks: the global batch times one generator and all critic
-    updates.
+    limits: its warm-up and window. alarms: `dmd_alarms`, or none for stages of other kinds.
     """
 
-    def __init__(self, limits: Limits, draws: int) -> None:
-        self._limits = limits
-        self._alarms = dmd_alarms(limits, draws)
+    def __init__(self, limits: schema.Alarms, alarms: Sequence[Alarm] = ()) -> None:
+        self._limits, self._alarms = limits, tuple(alarms)
         self._seen = {alarm.name: Seen() for alarm in self._alarms}
         self._metrics = {alarm.metric for alarm in self._alarms}
         self._cycle: dict[str, list[float | None]] = {}
@@ -150,9 +135,11 @@ class Alarms:
 
     def _sentence(self, alarm: Alarm, cycle: int, reading: float) -> str:
         limit = f"at least {alarm.low:.3g}" if reading < alarm.low else f"at most {alarm.high:.3g}"
+        window = self._limits.window_cycles
+        span = "the last cycle" if window == 1 else f"the last {window} cycles"
         return (
-            f"alarm {alarm.name} at cycle {cycle}: {alarm.metric} is {reading:.3g}{alarm.unit} over the last "
-            f"{self._limits.window_cycles} cycles, and should be {limit}: {alarm.what}; look at {alarm.look}"
+            f"alarm {alarm.name} at cycle {cycle}: {alarm.metric} is {reading:.3g}{alarm.unit} over {span}, and should "
+            f"be {limit}: {alarm.what}; look at {alarm.look}"
         )
 
     def state(self) -> dict[str, Any]:
@@ -169,16 +156,30 @@ class Alarms:
         self._cycle = {name: list(values) for name, values in state["cycle"].items() if name in self._metrics}
 
 
-def dmd_alarms(limits: Limits, draws: int) -> list[Alarm]:
-    """The alarms of a dmd stage whose limits are not 0; causes before what they cause, as they are said in a cycle."""
+def dmd_alarms(limits: schema.Alarms, draws: int) -> list[Alarm]:
+    """The alarms of a dmd stage whose limits are not 0; causes before what they cause, as they are said in a cycle.
+
+    draws: score timesteps drawn in a cycle, over all ranks: the global batch times one generator and all critic
+    updates.
+    """
     every = [*_updates(limits), *_timesteps(limits, draws), *_scores(limits), *_samples(limits)]
     return [alarm for limit, alarm in every if limit > 0]
+
+
+def silence(limits: schema.Alarms, cycles: int) -> str:
+    """Why the alarms of a dmd stage of so many cycles cannot say anything; empty where they can."""
+    if not dmd_alarms(limits, draws=1):
+        return "every alarm is turned off"
+    needed = limits.warmup_cycles + limits.window_cycles
+    if cycles >= needed:
+        return ""
+    return f"no alarm can rise in {cycles} cycles: alarms.warmup_cycles and alarms.window_cycles are {needed}"
 
 
 _Limited = list[tuple[float, Alarm]]
 
 
-def _samples(limits: Limits) -> _Limited:
+def _samples(limits: schema.Alarms) -> _Limited:
     spread, shift, motion = limits.saturation, limits.mean_drift, limits.motion
     return [
         (
@@ -218,7 +219,7 @@ def _samples(limits: Limits) -> _Limited:
     ]
 
 
-def _scores(limits: Limits) -> _Limited:
+def _scores(limits: schema.Alarms) -> _Limited:
     return [
         (
             limits.critic_lag,
@@ -245,7 +246,7 @@ def _scores(limits: Limits) -> _Limited:
     ]
 
 
-def _updates(limits: Limits) -> _Limited:
+def _updates(limits: schema.Alarms) -> _Limited:
     optimizers = {
         "generator": "the generator's learning rate",
         "critic": "dmd.critic_optimizer.lr",
@@ -267,7 +268,7 @@ def _updates(limits: Limits) -> _Limited:
     ]
 
 
-def _timesteps(limits: Limits, draws: int) -> _Limited:
+def _timesteps(limits: schema.Alarms, draws: int) -> _Limited:
     z = limits.timesteps
     return [
         (

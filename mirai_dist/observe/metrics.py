@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,11 @@ class Metrics:
             value = float(value)
         self._sums[name] = self._sums.get(name, 0.0) + value
         self._counts[name] = self._counts.get(name, 0) + 1
+
+    def add_all(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add one observation of each name."""
+        for name, value in values.items():
+            self.add(name, value)
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Mean over the adds of each rank, then the plain mean over the ranks of `group`; clears the sums.

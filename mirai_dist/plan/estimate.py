@@ -11,7 +11,7 @@ from functools import cached_property
 
 from mirai_dist.config import Resolved
 from mirai_dist.config.rules import check_layout
-from mirai_dist.config.schema import Recipe, Stage
+from mirai_dist.config.schema import Parallel, Recipe, Stage
 from mirai_dist.plan import flops, memory, passes, time, traffic
 from mirai_dist.plan.flops import Flops
 from mirai_dist.plan.gpus import GIB, Gpu
@@ -48,12 +48,13 @@ class Cluster:
         """Bytes a rank may use; None where nobody said."""
         return self.memory if self.memory is not None else self.gpu.memory if self.gpu else None
 
-    def machine(self, replicas: int) -> Machine | None:
-        """What seconds depend on; None without a known GPU."""
-        if self.gpu is None:
+    def machine(self, parallel: Parallel) -> Machine | None:
+        """What seconds depend on; None without a known GPU, or where the peak is not that of the dtype."""
+        if self.gpu is None or parallel.compute_dtype != "bfloat16":
             return None
+        replicas, gpu = parallel.replicas, self.gpu.attending(parallel.attention)
         network = self.network or NETWORK_A_GPU * self.gpus_per_node
-        return Machine(self.gpu, self.gpus_per_node, network, (replicas, self.ranks // replicas))
+        return Machine(gpu, self.gpus_per_node, network, (replicas, self.ranks // replicas))
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class StagePlan:
     moved: traffic.Traffic
     saved: int
     preparation: Flops
+    preparing: Seconds | None = None
     seconds: Mapping[str, Seconds] | None = None
     seconds_without: Mapping[str, Seconds] | None = None
 
@@ -158,7 +160,8 @@ class Plan:
             if stage.seconds_of_all is None:
                 return None
             saves = self.saves[stage.name] * stage.saved / (self.cluster.storage * self.cluster.nodes)
-            total += stage.runs * (stage.seconds_of_all + saves)
+            prepared = stage.preparing.total if stage.preparing else 0.0
+            total += stage.runs * (stage.seconds_of_all + saves) + prepared
         return total
 
     @property
@@ -166,40 +169,39 @@ class Plan:
         return None if self.seconds is None else self.seconds * self.cluster.ranks / 3600
 
 
-def plan(recipe: Recipe, cluster: Cluster, arms: Mapping[str, Recipe] | None = None) -> Plan:
-    """Plan a recipe on a cluster. arms: the recipes of the study's arms (`arms_of`); None plans the recipe itself.
+Variants = Mapping[tuple[str, str], Recipe]
+"""The recipe as each (stage, arm of the study) sees it; "" where a stage has no arms."""
+
+
+def plan(recipe: Recipe, cluster: Cluster, variants: Variants | None = None) -> Plan:
+    """Plan a recipe on a cluster. variants: of its stages and arms (`variants_of`); None: all are as the recipe itself
+    says, without overrides of their own.
 
     RecipeError where the ranks cannot share the batches.
     """
     check_layout(recipe, cluster.ranks)
-    stages: list[StagePlan] = []
-    for name, stage in recipe.stages.items():
-        if stage.kind == "dmd":
-            stages += [_stage(own, name, arm, cluster) for arm, own in (arms or {"": recipe}).items()]
-        else:
-            stages.append(_stage(recipe, name, "", cluster))
+    variants = variants or {(name, ""): recipe for name in recipe.stages}
+    stages = tuple(_stage(own, name, arm, cluster) for (name, arm), own in variants.items())
     saves = {name: -(-stage.cycles // recipe.checkpoint.every_cycles) for name, stage in recipe.stages.items()}
     read = sum(2 * _published(recipe, name) for name in recipe.weights)
-    return Plan(
-        recipe.name, cluster, recipe.parallel.replicas, tuple(stages), saves, read, tuple(_assumptions(recipe, cluster))
-    )
+    assumed = tuple(_assumptions(recipe, cluster))
+    return Plan(recipe.name, cluster, recipe.parallel.replicas, stages, saves, read, assumed)
 
 
-def arms_of(resolved: Resolved) -> dict[str, Recipe]:
-    """The recipe of every arm of the study."""
-    arms = resolved.recipe.study.arms
-    return {name: resolved.with_overrides(own, f"study.arms.{name}").recipe for name, own in arms.items()}
-
-
-def recipe_of(recipe: Recipe, stage: str) -> Recipe:
-    """The recipe as one stage reads it."""
-    assert stage in recipe.stages
-    return recipe
+def variants_of(resolved: Resolved) -> dict[tuple[str, str], Recipe]:
+    """The recipe as every stage and arm sees it, in the order that they are trained in."""
+    recipe, found = resolved.recipe, dict[tuple[str, str], Recipe]()
+    for name in recipe.stages:
+        if name == recipe.study_stage:
+            found |= {(name, arm): resolved.of_arm(arm).recipe for arm in recipe.study.arms}
+        else:
+            found[name, ""] = resolved.of_stage(name).recipe
+    return found
 
 
 def _stage(recipe: Recipe, name: str, arm: str, cluster: Cluster) -> StagePlan:
-    recipe = recipe_of(recipe, name)
     stage, replicas = recipe.stages[name], recipe.parallel.replicas
+    check_layout(recipe, cluster.ranks)
     mesh = (replicas, cluster.ranks // replicas)
     updates = passes.updates(recipe, stage, cluster.ranks)
     held = passes.roles(recipe, stage)
@@ -207,7 +209,7 @@ def _stage(recipe: Recipe, name: str, arm: str, cluster: Cluster) -> StagePlan:
     counts = {role: each.parameters.count for role, each in sharded.items()}
     saved = sum(counts[role] * (12 if role in held.trained else 0) for role in counts)
     saved += sum(counts[role] * 4 for role in held.averaged)
-    machine = cluster.machine(replicas) if recipe.parallel.compute_dtype == "bfloat16" else None
+    machine = cluster.machine(recipe.parallel)
     without = passes.updates(recipe, stage, cluster.ranks, foresight=False)
     foresight = stage.kind == "dmd" and recipe.foresight.weight > 0
     return StagePlan(
@@ -216,7 +218,7 @@ def _stage(recipe: Recipe, name: str, arm: str, cluster: Cluster) -> StagePlan:
         kind=stage.kind,
         cycles=stage.cycles,
         foresight_cycles=stage.cycles - recipe.foresight.start_cycle if foresight else 0,
-        runs=len(recipe.study.seeds) if stage.kind == "dmd" else 1,
+        runs=len(recipe.study.seeds) if name == recipe.study_stage else 1,
         replicas=replicas,
         micro_batches=updates[0].micro_batches,
         parameters=counts,
@@ -225,6 +227,7 @@ def _stage(recipe: Recipe, name: str, arm: str, cluster: Cluster) -> StagePlan:
         moved=_moved(recipe, stage, mesh, updates),
         saved=saved,
         preparation=_preparation(recipe, stage, cluster.ranks),
+        preparing=_preparing(recipe, stage, machine, cluster.ranks),
         seconds=_seconds(recipe, stage, updates, machine) if machine else None,
         seconds_without=_seconds(recipe, stage, without, machine) if machine else None,
     )
@@ -287,12 +290,20 @@ def _preparation(recipe: Recipe, stage: Stage, ranks: int) -> Flops:
     return one * (stage.trajectories / ranks)
 
 
+def _preparing(recipe: Recipe, stage: Stage, machine: Machine | None, ranks: int) -> Seconds | None:
+    """Seconds of the same; ranks make theirs without each other."""
+    if machine is None or stage.kind != "ode" or recipe.data.ode_pairs:
+        return None
+    return time.of_passes(recipe, passes.trajectory(recipe), machine) * (stage.trajectories / ranks)
+
+
 def _published(recipe: Recipe, name: str) -> int:
     """Parameters read from an entry of `weights`, once for each role that starts from it."""
     total = 0
     for stage in recipe.stages.values():
-        causal = "teacher" if stage.kind == "bidirectional" else "generator"
-        starts = (("teacher", stage.teacher), ("critic", stage.critic or stage.teacher), (causal, stage.parent))
+        trained = "teacher" if stage.kind == "bidirectional" else "generator"
+        critic = stage.critic or stage.teacher if stage.kind == "dmd" else ""
+        starts = (("teacher", stage.teacher), ("critic", critic), (trained, stage.parent))
         total += sum(memory.of_role(role, recipe).count for role, source in starts if source == name)
     return total
 
@@ -300,6 +311,7 @@ def _published(recipe: Recipe, name: str) -> int:
 def _assumptions(recipe: Recipe, cluster: Cluster) -> list[str]:
     """What the numbers rest on, for whoever reads them."""
     lines = ["predictions from shapes: nothing here was measured; exit steps are drawn uniformly"]
+    lines.append("not counted: gates, sample grids, the report, and the procedural world's clips")
     lines.append(f"memory: tensors x {SLACK} for the allocator, and {cluster.context / GIB:.1f} GiB for the process")
     if recipe.text.encoder == "umt5" and not passes.holds_text_encoder(recipe):
         lines.append(f"the text encoder is not counted: its shape is known for text.dim {passes.TEXT_DIM} alone")
@@ -308,7 +320,7 @@ def _assumptions(recipe: Recipe, cluster: Cluster) -> list[str]:
     gpu = cluster.gpu
     if gpu is None or recipe.parallel.compute_dtype != "bfloat16":
         return [*lines, "no seconds: they need a GPU of the table, and bfloat16"]
-    reached = gpu.efficiency
+    reached = gpu.attending(recipe.parallel.attention).efficiency
     attention = f"attention {reached.attention:.0%} forward and {reached.attention_backward:.0%} backward"
     lines.append(f"of {gpu.flops / 1e12:,.0f} TF/s dense bf16: products {reached.dense:.0%}, {attention}")
     lines.append(f"of {gpu.bandwidth / 1e12:.3g} TB/s of its memory: {reached.memory:.0%}")

@@ -64,7 +64,7 @@ def forward(recipe: Recipe, each: Pass) -> Flops:
     """One forward."""
     if each.role == "predictor":
         dim, rows = recipe.generator.dim, each.batch * each.tokens
-        return blocks(recipe, each) + Flops(2 * rows * dim * recipe.teacher.dim)
+        return blocks(recipe, each) + Flops(2 * rows * dim * each.answers * recipe.teacher.dim)
     if each.role == "text":
         return blocks(recipe, each)
     patches, text, times, rest = _outer(recipe, each)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mirai_dist.config.error import RecipeError
 
@@ -29,7 +29,7 @@ class Efficiency:
 class Gpu:
     """One device. memory: bytes the driver offers, less than the name says. flops: dense bf16 a second. bandwidth: of
     its memory, bytes/s. link: to the other GPUs of a node, bytes/s a direction. model: how its driver calls it, a
-    pattern."""
+    pattern. slower: attention's fractions, forward and backward, with a kernel that is older than the card."""
 
     name: str
     memory: int
@@ -38,15 +38,27 @@ class Gpu:
     link: float
     efficiency: Efficiency
     model: str
+    slower: tuple[float, float] | None = None
+
+    def attending(self, attention: str) -> Gpu:
+        """The same with the efficiency of a recipe's `parallel.attention`."""
+        if attention not in OLDER or self.slower is None:
+            return self
+        forward, backward = self.slower
+        return replace(self, efficiency=replace(self.efficiency, attention=forward, attention_backward=backward))
 
 
-# Torch's default attention on these cards is FlashAttention-2. Its published rates: 190-230 of 312 TF/s on A100 (its
-# paper); 376 and 335 of 989 TF/s on H100 at 32k tokens and head 128 (MagiAttention's kernel charts). Products: 0.94 of
-# the 788 TF/s that a plain H200 product reached here is 0.69 of 989 for Hopper on H100 (680 TF/s).
+OLDER = ("sdpa", "sdpa-flash", "sdpa-efficient", "xformers")  # on Hopper and later: FlashAttention-2, or less
+
+# Attention as parallel.attention=auto takes it (attention/select.py). Ampere: FlashAttention-2, 190-230 of 312 TF/s
+# (its paper). Hopper without further packages: cuDNN, 618 and 533 of 989 TF/s at 32k tokens and heads of 128; torch's own
+# choice, FlashAttention-2, 376 and 335 (MagiAttention's kernel charts). Products on Hopper: 680 of 989 TF/s.
 _AMPERE = Efficiency(dense=0.75, attention=0.62, attention_backward=0.55)
-_HOPPER = Efficiency(dense=0.69, attention=0.38, attention_backward=0.34)
-# No published rates that we know for the rest: Hopper's kernels on Blackwell, Ampere's on Ada. Rough.
-_BLACKWELL = Efficiency(dense=0.60, attention=0.20, attention_backward=0.18)
+_HOPPER = Efficiency(dense=0.69, attention=0.62, attention_backward=0.54)
+_FLASH_2 = (0.38, 0.34)
+# Rough: no published rates that we know of for these shapes.
+_BLACKWELL = Efficiency(dense=0.60, attention=0.45, attention_backward=0.40)
+_FLASH_2_ON_BLACKWELL = (0.17, 0.15)
 _ADA = Efficiency(dense=0.65, attention=0.50, attention_backward=0.45)
 
 GPUS = {
@@ -58,15 +70,15 @@ GPUS = {
         # NVIDIA A800 data sheet: A100 with NVLink 400 GB/s
         Gpu("a800-80gb", int(79.1 * GIB), 312e12, 2.039e12, 200e9, _AMPERE, r"A800.*80GB"),
         # NVIDIA H100 data sheet, SXM5: 989 TF/s bf16 dense, 3.35 TB/s, NVLink 900 GB/s both ways
-        Gpu("h100-80gb", int(79.1 * GIB), 989e12, 3.35e12, 450e9, _HOPPER, r"H100 (80GB HBM3|SXM)"),
+        Gpu("h100-80gb", int(79.1 * GIB), 989e12, 3.35e12, 450e9, _HOPPER, r"H100 (80GB HBM3|SXM)", _FLASH_2),
         # NVIDIA H100 NVL page, one card: 835 TF/s bf16 dense, 94 GB, 3.9 TB/s, NVLink 600 GB/s both ways
-        Gpu("h100-nvl", int(93.1 * GIB), 835e12, 3.9e12, 300e9, _HOPPER, r"H100 NVL"),
+        Gpu("h100-nvl", int(93.1 * GIB), 835e12, 3.9e12, 300e9, _HOPPER, r"H100 NVL", _FLASH_2),
         # H800 (SXM): H100 with NVLink 400 GB/s both ways
-        Gpu("h800", int(79.1 * GIB), 989e12, 3.35e12, 200e9, _HOPPER, r"H800"),
+        Gpu("h800", int(79.1 * GIB), 989e12, 3.35e12, 200e9, _HOPPER, r"H800", _FLASH_2),
         # NVIDIA H200 data sheet, SXM: 989 TF/s bf16 dense, 141 GB, 4.8 TB/s, NVLink 900 GB/s both ways
-        Gpu("h200-141gb", int(139.8 * GIB), 989e12, 4.8e12, 450e9, _HOPPER, r"H200"),
+        Gpu("h200-141gb", int(139.8 * GIB), 989e12, 4.8e12, 450e9, _HOPPER, r"H200", _FLASH_2),
         # NVIDIA DGX B200 data sheet, an eighth: 2.25 PF/s bf16 dense, 180 GB, 8 TB/s, NVLink 1.8 TB/s both ways
-        Gpu("b200", int(178.3 * GIB), 2250e12, 8.0e12, 900e9, _BLACKWELL, r"B200"),
+        Gpu("b200", int(178.3 * GIB), 2250e12, 8.0e12, 900e9, _BLACKWELL, r"B200", _FLASH_2_ON_BLACKWELL),
         # NVIDIA L40S data sheet: 362 TF/s bf16 dense, 48 GB, 864 GB/s; no NVLink, PCIe 4.0 x16: 32 GB/s a direction
         Gpu("l40s", int(44.4 * GIB), 362e12, 0.864e12, 32e9, _ADA, r"L40S"),
     )

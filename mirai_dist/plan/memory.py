@@ -128,7 +128,7 @@ class _Ledger:
         for phase in dict.fromkeys(each.phase for each in update.passes):
             own = [each for each in update.passes if each.phase == phase]
             used += [each.role for each in own]
-            features, replay = self._features(phase), self._replay(update, phase)
+            features, replay = self._features(update, phase), self._replay(update, phase)
             found = []
             for each in own:
                 working = {("working", each.role): self._working(each)}
@@ -152,7 +152,7 @@ class _Ledger:
             largest = max(passes_of, key=self._working_back)
             working = {("working", role[1]): self._working_back(largest)}
             gathered, replay = self._gathered(used, [role[1]]), self._replay(update, phase)
-            features = self._features(phase) if role[1] == "predictor" else {}
+            features = self._features(update, phase) if role[1] == "predictor" else {}
             first = {**kept, role: kept[role] - self._kept_by_head(largest)}
             yield self._held(update, "backward", accumulated, first, working, gathered, replay, features)
             segments = sum(each.count for each in passes_of)
@@ -183,7 +183,7 @@ class _Ledger:
     def _replay(self, update: Update, phase: str) -> dict[tuple[str, str], int]:
         """Pairs of the rank's samples: cleared when a generator update begins, and filled micro-batch by micro-batch;
         a replay update makes a second copy, of all its micro-batches."""
-        if "predictor" not in self.roles.trained:
+        if self.stage.kind != "dmd" or "predictor" not in self.roles.trained:
             return {}
         one, count = self.stage.batch.micro_size * replay_pair(self.recipe), update.micro_batches
         if update.name == "replay":
@@ -221,23 +221,21 @@ class _Ledger:
             if key[1] == largest or not self.networks[key[1]].resharded
         }
 
-    def _features(self, phase: str) -> dict[tuple[str, str], int]:
-        """Encoder features, fused targets, states as the predictor reads them, and its comparison with the targets."""
-        if phase not in ("encoder", "predictor", "replay") or "predictor" not in self.roles.trained:
+    def _features(self, update: Update, phase: str) -> dict[tuple[str, str], int]:
+        """Fused targets, states as the predictor reads them, and its comparison with the targets."""
+        found = [each for each in update.passes if each.role == "predictor"]
+        if phase not in ("encoder", "predictor", "replay") or not found:
             return {}
-        recipe, batch = self.recipe, self.stage.batch.micro_size
-        video, compute = recipe.video, BYTES[recipe.parallel.compute_dtype]
-        length = video.frames_per_segment * frame_tokens(recipe)
-        supervised = len(supervised_segments(video.latent_frames // video.frames_per_segment, recipe.foresight.offsets))
+        recipe, compute, rows = self.recipe, BYTES[self.recipe.parallel.compute_dtype], found[0].batch * found[0].tokens
         wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
-        targets = batch * supervised * length * recipe.teacher.dim
+        targets = rows * found[0].answers * recipe.teacher.dim
         if phase == "encoder":
-            return {("features", "teacher"): targets * wide}
-        states = batch * supervised * length * recipe.generator.dim * compute
+            return {("features", "predictor"): targets * wide}
         compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
         if phase == "replay":
             return {("features", "predictor"): compared}
-        return {("features", "teacher"): targets * wide, ("features", "predictor"): states + compared}
+        states = rows * recipe.generator.dim * compute
+        return {("features", "predictor"): targets * wide + states + compared}
 
     # --- one pass ----------------------------------------------------------------------------------------------------
 
@@ -275,7 +273,7 @@ class _Ledger:
         compute = BYTES[self.recipe.parallel.compute_dtype]
         rows = each.batch * each.tokens
         if each.role == "predictor":
-            return rows * self.recipe.teacher.dim * WIDE * 2
+            return rows * each.answers * self.recipe.teacher.dim * WIDE * 2
         network = network_of(each.role, self.recipe)
         again = block_kept(self.recipe, each) if self.networks[each.role].plan.recompute else 0
         return again + rows * (3 * network.dim + network.ffn_dim) * compute

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from mirai_dist.config.rules import accumulation
 from mirai_dist.config.schema import Recipe, Stage
 from mirai_dist.method.arithmetic import PRESETS, captured_blocks, kept_frames, supervised_segments
-from mirai_dist.plan.shapes import TEXT_DIM, frame_tokens, network_of, text_encoder
+from mirai_dist.plan.shapes import TEXT_DIM, answers_of, frame_tokens, network_of, text_encoder
 
 Calls = tuple[tuple[int, int], ...]  # (queries, keys) of each attention call
 
@@ -29,7 +29,8 @@ class Pass:
     self-attention calls. blocks: executed ones. times: different timesteps that are embedded. halves: 2 for a doubled
     sequence [clean | noisy]. text: prompts are projected to keys and values in this pass (else they are cached).
     head: the pass ends in a velocity (else it exits early). gradient: it is differentiated. first: it is a segment of
-    a rollout and `past` tokens of its keys come from the cache. count: expected calls a micro-batch.
+    a rollout and `past` tokens of its keys come from the cache. answers: of the predictor for each token. count: calls
+    expected in a micro-batch.
     """
 
     phase: str
@@ -44,6 +45,7 @@ class Pass:
     head: bool = True
     gradient: bool = False
     past: int = 0
+    answers: int = 1
     count: float = 1.0
 
 
@@ -80,6 +82,8 @@ def roles(recipe: Recipe, stage: Stage) -> Roles:
     else:
         trained = ("teacher",) if stage.kind == "bidirectional" else ("generator",)
         frozen = ("ar_teacher", "target") if stage.kind == "consistency" else ()
+        if stage.foresight.weight > 0:
+            trained, frozen = (*trained, "predictor"), ("encoder", *frozen)
     averaged = trained[:1] if stage.ema.decay > 0 and stage.ema.start_update <= stage.cycles else ()
     return Roles(trained, frozen + text, averaged)
 
@@ -93,7 +97,10 @@ def updates(recipe: Recipe, stage: Stage, ranks: int, foresight: bool = True) ->
     if stage.kind == "dmd":
         foresight = foresight and recipe.foresight.weight > 0
         return tuple(_dmd(recipe, stage.batch.micro_size, micro_batches, foresight))
-    passes = (*_text(recipe, stage.batch.micro_size), *_KINDS[stage.kind](recipe, stage.batch.micro_size))
+    batch = stage.batch.micro_size
+    passes = (*_text(recipe, batch), *_KINDS[stage.kind](recipe, batch))
+    if stage.foresight.weight > 0:
+        passes += tuple(_foresight_on_truth(recipe, stage))
     trained = roles(recipe, stage).trained
     refreshed = ("target",) if stage.kind == "consistency" else ()
     return (Update(stage.kind, 1, micro_batches, passes, trained, refreshed),)
@@ -154,6 +161,16 @@ _KINDS: dict[str, Callable[[Recipe, int], list[Pass]]] = {
 }
 
 
+def _foresight_on_truth(recipe: Recipe, stage: Stage) -> list[Pass]:
+    """Foresight of a few-step start: the encoder on the ground truth, and the predictor on the student's states."""
+    settings, batch = stage.foresight, stage.batch.micro_size
+    pooled = recipe.video.frames_per_segment if settings.fusion == "frames" else 1
+    predictor = predictor_pass(recipe, batch)
+    tokens = predictor.tokens // pooled
+    answering = replace(predictor, tokens=tokens, attention=((tokens, tokens),), answers=answers_of(recipe, stage))
+    return [_encoder(recipe, batch, "encoder", settings.encoder_attention), answering]
+
+
 def trajectory(recipe: Recipe) -> list[Pass]:
     """Passes of the AR teacher for one trajectory of an ode stage: prompt and negative prompt as a batch of two,
     `ode.points` Euler steps a segment, and a context pass for each segment but the last."""
@@ -180,7 +197,9 @@ def _dmd(recipe: Recipe, batch: int, micro_batches: int, foresight: bool) -> Ite
         _whole(recipe, "scores", "critic", batch),
         _whole(recipe, "scores", "teacher", 2 * batch),  # with the prompt and without
     ]
-    extra = _foresight(recipe, batch) if foresight else []
+    extra: list[Pass] = []
+    if foresight:
+        extra = [_encoder(recipe, batch, "teacher", recipe.foresight.encoder_attention), predictor_pass(recipe, batch)]
     trained = ("generator", *(("predictor",) if foresight else ()))
     yield Update("generator", 1, micro_batches, (*text, *rolled, *scores, *extra), trained)
     critic = _whole(recipe, "critic", "critic", batch, gradient=True)
@@ -191,13 +210,11 @@ def _dmd(recipe: Recipe, batch: int, micro_batches: int, foresight: bool) -> Ite
         yield Update("replay", replays, micro_batches, (again,), ("predictor",))
 
 
-def _foresight(recipe: Recipe, batch: int) -> list[Pass]:
-    arithmetic = PRESETS[recipe.foresight.preset]
-    blocks = captured_blocks(recipe.teacher.blocks, recipe.foresight.depth, arithmetic)
-    encoder = replace(_whole(recipe, "encoder", "teacher", batch), blocks=blocks, head=False)
-    if recipe.foresight.encoder_attention == "causal":
-        encoder = replace(encoder, attention=segment_causal(recipe))
-    return [encoder, predictor_pass(recipe, batch)]
+def _encoder(recipe: Recipe, batch: int, role: str, attention: str) -> Pass:
+    """The foresight encoder on a whole clip, with early exit."""
+    blocks = captured_blocks(recipe.teacher.blocks, recipe.foresight.depth, PRESETS[recipe.foresight.preset])
+    encoder = replace(_whole(recipe, "encoder", role, batch), blocks=blocks, head=False)
+    return replace(encoder, attention=segment_causal(recipe)) if attention == "causal" else encoder
 
 
 def predictor_pass(recipe: Recipe, batch: int) -> Pass:

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from mirai_dist.config.schema import Network, Recipe
-from mirai_dist.method.arithmetic import PRESETS
+from mirai_dist.config.schema import Network, Recipe, Stage
+from mirai_dist.method.arithmetic import PRESETS, outputs_of_predictor
 from mirai_dist.plan.shards import ShardPlan
 
 PATCH = 4  # latent values of a channel that a token holds: 1 frame, 2 rows, 2 columns
@@ -75,12 +75,12 @@ def wan(network: Network, recipe: Recipe) -> Parameters:
     return Parameters(block, network.blocks, (*rest, (1, 2, dim), *linear(dim, values)))
 
 
-def predictor(recipe: Recipe) -> Parameters:
-    """The foresight predictor."""
+def predictor(recipe: Recipe, answers: int = 1) -> Parameters:
+    """The foresight predictor, which gives so many answers of the encoder's width for each token."""
     dim, gated = recipe.generator.dim, PRESETS[recipe.foresight.preset].gated_predictor
     block = (*linear(dim, dim) * 4, (dim,), (dim,), *linear(dim, 4 * dim), *linear(4 * dim, dim))
     block += ((6, dim),) if gated else ()
-    return Parameters(block, recipe.foresight.predictor_blocks, ((recipe.teacher.dim, dim),))
+    return Parameters(block, recipe.foresight.predictor_blocks, ((answers * recipe.teacher.dim, dim),))
 
 
 def text_encoder() -> Parameters:
@@ -90,16 +90,23 @@ def text_encoder() -> Parameters:
     return Parameters(block, layers, ((256384, dim), (dim,)))
 
 
-def of_role(role: str, recipe: Recipe) -> Parameters:
-    """Parameters of a role's network."""
+def of_role(role: str, recipe: Recipe, stage: Stage | None = None) -> Parameters:
+    """Parameters of a role's network, as this stage has it."""
     if role == "predictor":
-        return predictor(recipe)
+        return predictor(recipe, answers_of(recipe, stage) if stage else 1)
     return text_encoder() if role == "text" else wan(network_of(role, recipe), recipe)
+
+
+def answers_of(recipe: Recipe, stage: Stage) -> int:
+    """Answers of the predictor for each token: several where a few-step start has a loss an offset."""
+    if stage.kind == "dmd":
+        return 1
+    return outputs_of_predictor(stage.foresight.fusion, recipe.foresight.offsets)
 
 
 def network_of(role: str, recipe: Recipe) -> Network:
     """The section of the recipe that a Wan role has its shape from; AR teacher and target have the generator's."""
-    return {"teacher": recipe.teacher, "critic": recipe.critic}.get(role, recipe.generator)
+    return {"teacher": recipe.teacher, "encoder": recipe.teacher, "critic": recipe.critic}.get(role, recipe.generator)
 
 
 def frame_tokens(recipe: Recipe) -> int:

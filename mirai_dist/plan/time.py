@@ -13,6 +13,7 @@ Stragglers, data loading, sample grids and evaluation are not in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mirai_dist.config.schema import Recipe
@@ -83,6 +84,17 @@ def of_update(
     return seconds | {"optimizer": Seconds(own * OPTIMIZER / moves)}
 
 
+def of_passes(recipe: Recipe, made: Sequence[Pass], machine: Machine) -> Seconds:
+    """Seconds of passes without gradient on one rank that talks to nobody."""
+    moves = machine.gpu.bandwidth * machine.gpu.efficiency.memory
+    each_takes = (
+        each.count
+        * (_computing(flops.forward(recipe, each), machine.gpu, backward=False) + elementwise(recipe, each) / moves)
+        for each in made
+    )
+    return Seconds(sum(each_takes))
+
+
 OPTIMIZER = 52  # bytes a parameter: AdamW 28, clipping 8, norm 4, average 12
 
 
@@ -93,7 +105,7 @@ def elementwise(recipe: Recipe, each: Pass) -> float:
         return rows * each.blocks * recipe.text.dim * 40.0
     if each.role == "predictor":
         dim = recipe.generator.dim
-        return scale * rows * (each.blocks * dim * (70 + 16) + 20 * recipe.teacher.dim)
+        return scale * rows * (each.blocks * dim * (70 + 16) + 20 * each.answers * recipe.teacher.dim)
     network = network_of(each.role, recipe)
     past = 8 * each.batch * each.past * network.dim  # keys and values are put behind those of the past
     return scale * each.blocks * (rows * (ELEMENTWISE * network.dim + 4 * network.ffn_dim) + past)

@@ -155,7 +155,7 @@ def follower(recipe: Recipe, stage: Stage, mesh: tuple[int, int]) -> Follower:
     """For the networks of a stage, cut over a mesh of (replicas, shards)."""
     held = roles(recipe, stage)
     networks = {
-        role: Sharded(of_role(role, recipe), plan_of(role, recipe, role in held.trained), mesh[1])
+        role: Sharded(of_role(role, recipe, stage), plan_of(role, recipe, role in held.trained), mesh[1])
         for role in (*held.trained, *held.frozen)
     }
     return Follower(recipe, networks, mesh[0])

@@ -6,17 +6,16 @@ What a change costs is in its text. A change that the recipe's rules refuse is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mirai_dist.config import Resolved
 from mirai_dist.config.error import RecipeError
 from mirai_dist.config.schema import Recipe
-from mirai_dist.plan.estimate import Cluster, Plan, arms_of, plan
+from mirai_dist.plan.estimate import Cluster, Plan, Variants, plan, variants_of
 from mirai_dist.plan.gpus import GIB
 
-Arms = Mapping[str, Recipe]
 MOST_NODES = 64  # times as many as asked for
 
 
@@ -26,17 +25,17 @@ class Change:
 
     text: str
     cost: str
-    arms: Arms
+    variants: Variants
     cluster: Cluster
 
 
-def judged(recipe: Recipe, cluster: Cluster, arms: Arms | None = None) -> Plan:
+def judged(recipe: Recipe, cluster: Cluster, variants: Variants | None = None) -> Plan:
     """The plan, with the smallest change that makes it fit where it does not. RecipeError as in `plan`."""
-    arms = arms or {"": recipe}
-    found = plan(recipe, cluster, arms)
+    variants = variants or {(name, ""): recipe for name in recipe.stages}
+    found = plan(recipe, cluster, variants)
     if found.fits is not False:
         return found
-    return replace(found, change=smallest_change(recipe, cluster, arms))
+    return replace(found, change=smallest_change(recipe, cluster, variants))
 
 
 def refusal(found: Plan) -> str:
@@ -64,27 +63,27 @@ def headline(found: Plan) -> str:
 def refuse_over(resolved: Resolved, cluster: Cluster) -> Plan:
     """The plan of a run about to start. RecipeError where it is over the cluster's limit, unless the recipe says
     `parallel.over_memory: warn`."""
-    found = judged(resolved.recipe, cluster, arms_of(resolved))
+    found = judged(resolved.recipe, cluster, variants_of(resolved))
     if found.fits is False and resolved.recipe.parallel.over_memory == "refuse":
         what = f"{refusal(found)}; parallel.over_memory=warn starts it all the same"
         raise RecipeError("plan", what)
     return found
 
 
-def smallest_change(recipe: Recipe, cluster: Cluster, arms: Arms) -> str:
+def smallest_change(recipe: Recipe, cluster: Cluster, variants: Variants) -> str:
     """What to change, in words; "" where nothing tried is enough."""
-    for change in _changes(arms, cluster):
+    for change in _changes(variants, cluster):
         if _fits(recipe, change):
             return f"{change.text} ({change.cost})"
     texts: list[str] = []
-    now, place = arms, cluster
+    now, place = variants, cluster
     tried: set[str] = set()
     while (change := next((each for each in _changes(now, place) if _key(each) not in tried), None)) is not None:
         tried.add(_key(change))
         if plan_or_none(recipe, change) is None:
             continue
         texts = [text for text in texts if text.partition("=")[0] != change.text.partition("=")[0]] + [change.text]
-        now, place = change.arms, change.cluster
+        now, place = change.variants, change.cluster
         if _fits(recipe, change):
             return " ".join(texts)
     return ""
@@ -92,10 +91,10 @@ def smallest_change(recipe: Recipe, cluster: Cluster, arms: Arms) -> str:
 
 def plan_or_none(recipe: Recipe, change: Change) -> Plan | None:
     """The plan after a change; None where ranks and batches do not go together then."""
-    first = next(iter(change.arms.values()))
+    first = next(iter(change.variants.values()))
     shared = replace(recipe, parallel=first.parallel, stages=first.stages)
     try:
-        return plan(shared, change.cluster, change.arms)
+        return plan(shared, change.cluster, change.variants)
     except RecipeError:
         return None
 
@@ -110,13 +109,13 @@ def _key(change: Change) -> str:
     return change.text
 
 
-def _changes(arms: Arms, cluster: Cluster) -> Iterator[Change]:
+def _changes(variants: Variants, cluster: Cluster) -> Iterator[Change]:
     """Single changes, the cheapest first."""
-    first = next(iter(arms.values()))
+    first = next(iter(variants.values()))
     parallel = first.parallel
 
     def section(text: str, cost: str, **keys: Any) -> Change:
-        own = {name: replace(each, parallel=replace(each.parallel, **keys)) for name, each in arms.items()}
+        own = {name: replace(each, parallel=replace(each.parallel, **keys)) for name, each in variants.items()}
         return Change(text, cost, own, cluster)
 
     if not parallel.reshard_after_forward:
@@ -133,19 +132,19 @@ def _changes(arms: Arms, cluster: Cluster) -> Iterator[Change]:
         yield section(
             "parallel.sync_every_micro_batch=true", "a reduction for each micro-batch", sync_every_micro_batch=True
         )
-    yield from _smaller_batches(arms, cluster)
+    yield from _smaller_batches(variants, cluster)
     for replicas in range(parallel.replicas - 1, 0, -1):
         if cluster.ranks % replicas == 0:
             yield section(f"parallel.replicas={replicas}", "gathers across nodes", replicas=replicas)
     factor = 2
     while factor <= MOST_NODES:
         more = replace(cluster, nodes=cluster.nodes * factor)
-        yield Change(f"--nodes {more.nodes}", f"{more.ranks} ranks", arms, more)
+        yield Change(f"--nodes {more.nodes}", f"{more.ranks} ranks", variants, more)
         factor *= 2
 
 
-def _smaller_batches(arms: Arms, cluster: Cluster) -> Iterator[Change]:
-    first = next(iter(arms.values()))
+def _smaller_batches(variants: Variants, cluster: Cluster) -> Iterator[Change]:
+    first = next(iter(variants.values()))
     for name, stage in first.stages.items():
         size = stage.batch.micro_size
         for smaller in (each for each in range(size - 1, 0, -1) if size % each == 0):
@@ -155,5 +154,5 @@ def _smaller_batches(arms: Arms, cluster: Cluster) -> Iterator[Change]:
                 stages = {**recipe.stages, name: replace(own, batch=replace(own.batch, micro_size=smaller))}
                 return replace(recipe, stages=stages)
 
-            changed = {arm: with_batch(recipe) for arm, recipe in arms.items()}
+            changed = {arm: with_batch(recipe) for arm, recipe in variants.items()}
             yield Change(f"stages.{name}.batch.micro_size={smaller}", "more micro-batches", changed, cluster)

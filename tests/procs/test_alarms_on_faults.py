@@ -7,9 +7,8 @@ seconds: the teacher obeys its prompts a little, which is all that guidance need
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,10 +20,8 @@ from mirai_dist.config import schema
 from mirai_dist.cycle import phases
 from mirai_dist.cycle.roles import Role
 from mirai_dist.cycle.stages import DmdStage
-from mirai_dist.method import dmd, health
-from mirai_dist.method.flow import clean_from_velocity
-from mirai_dist.observe.alarms import Alarms, Change, Limits
-from mirai_dist.state.ema import local, named_tensors, trainable
+from mirai_dist.observe.alarms import Change
+from mirai_dist.state.ema import local, named_tensors
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
 
@@ -50,13 +47,6 @@ class Start(NamedTuple):
 
     teacher: Weights
     few_step: Weights
-
-
-class Ended(NamedTuple):
-    """A run of the dmd stage: what its alarms said, and the measures of every cycle."""
-
-    changes: list[Change]
-    measures: list[dict[str, float]]
 
 
 @torch.no_grad()
@@ -95,80 +85,21 @@ def start() -> Start:
     return run_threads(1, body, tiny.TIMEOUT)[0]
 
 
-# What phases.py would call, around the functions it has.
+def run(start: Start, recipe: schema.Recipe, fault: Callable[[DmdStage], AbstractContextManager[Any]]) -> list[Change]:
+    """What the alarms of a dmd stage from `start` say, with `fault` in it."""
 
-_here = threading.local()
-
-
-def _score_difference(latents: Tensor, noisy: Tensor, timesteps: Tensor, prompts: Any, scores: Any, guidance: float):
-    velocities = []
-
-    def recorded(network: dmd.Velocity) -> dmd.Velocity:
-        def velocity(latent: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-            velocities.append(network(latent, timesteps, text))
-            return velocities[-1]
-
-        return velocity
-
-    teacher, critic = (recorded(network) for network in scores)
-    gradient = dmd.score_difference(latents, noisy, timesteps, prompts, (teacher, critic), guidance)
-    fake = clean_from_velocity(noisy, velocities[0], timesteps)
-    both = clean_from_velocity(noisy.repeat(2, 1, 1, 1, 1), velocities[1], timesteps.repeat(2))
-    conditional, unconditional = both.chunk(2)
-    real = dmd.guided(conditional, unconditional, guidance)
-    stage = _here.stage
-    of_batch = health.Scores(latents, timesteps, fake, conditional, real, gradient)
-    for name, part in health.measures(of_batch, stage.recipe.video.frames_per_segment).items():
-        stage.metrics.add(name, part)
-    return gradient
-
-
-_score_timesteps, _step = phases._score_timesteps, Role.step
-
-
-def _measured_timesteps(stage: DmdStage, *arguments: Any) -> Tensor:
-    _here.stage = stage
-    drawn, recipe = _score_timesteps(stage, *arguments), stage.recipe
-    schedule = health.Schedule(recipe.flow.shift, recipe.dmd.min_timestep, recipe.dmd.max_timestep)
-    stage.metrics.add("timesteps/deviation", health.timestep_deviation(drawn.tolist(), schedule))
-    error = health.step_list_error(stage.rollout.timesteps, recipe.rollout.steps, recipe.flow.shift)
-    stage.metrics.add("timesteps/step_list_error", error)
-    return drawn
-
-
-def _measured_step(role: Role, norm: Tensor) -> dict[str, float]:
-    before = health.Moved([local(weight) for weight in trainable(role.network).values()])
-    values = _step(role, norm)
-    return values | {name: float(part) for name, part in before.parts(role.name).items()}
-
-
-@contextmanager
-def measuring() -> Iterator[None]:
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(phases, "score_difference", _score_difference))
-        patches.enter_context(mock.patch.object(phases, "_score_timesteps", _measured_timesteps))
-        patches.enter_context(mock.patch.object(Role, "step", _measured_step))
-        yield
-
-
-def run(start: Start, recipe: schema.Recipe, fault: Callable[[DmdStage], AbstractContextManager[Any]]) -> Ended:
-    """A dmd stage from `start`, with `fault` in it."""
-
-    def body(rank: int) -> Ended:
+    def body(rank: int) -> list[Change]:
         stage = tiny.stage_of(recipe, "distil")
         fill(stage.generator.network, start.few_step)
         for role in (stage.teacher, stage.critic):
             fill(role.network, start.teacher)
-        alarms = Alarms(Limits(), stage.layout.global_size * len(stage.positions))
-        changes, measures = [], []
-        with measuring(), fault(stage):
-            for cycle in range(CYCLES):
-                found = [health.combined(values) for values in tiny.train(stage, len(stage.positions))]
-                for values in found:
-                    alarms.record(values)
-                changes += alarms.close_cycle(cycle)
-                measures.append({name: value for values in found for name, value in values.items()})
-        return Ended(changes, measures)
+        changes: list[Change] = []
+        with fault(stage):
+            for _ in range(CYCLES * len(stage.positions)):
+                stage.step()
+                changes += stage.observe().changes
+                stage.advance()
+        return changes
 
     return run_threads(1, body, tiny.TIMEOUT)[0]
 
@@ -182,9 +113,9 @@ def skipped_step(stage: DmdStage) -> AbstractContextManager[Any]:
 
 
 def rate_of_zero(stage: DmdStage) -> AbstractContextManager[Any]:
-    step = _measured_step
+    step = Role.step
 
-    def still(role: Role, norm: Tensor) -> dict[str, float]:
+    def still(role: Role, norm: Tensor) -> dict[str, Tensor | float]:
         if role is not stage.critic:
             return step(role, norm)
         with mock.patch("mirai_dist.cycle.roles.learning_rate", lambda settings, update, total: 0.0):
@@ -206,8 +137,8 @@ GUIDANCE_X10 = "dmd.guidance=10"  # tiny.yaml: 1
 
 
 def test_a_healthy_run_raises_nothing(start: Start) -> None:
-    ended = run(start, tiny.recipe(*OVERRIDES), healthy)
-    assert [change.sentence for change in ended.changes] == []
+    changes = run(start, tiny.recipe(*OVERRIDES), healthy)
+    assert [change.sentence for change in changes] == []
 
 
 @pytest.mark.parametrize(
@@ -221,6 +152,5 @@ def test_a_healthy_run_raises_nothing(start: Start) -> None:
     ],
 )
 def test_a_fault_raises_its_own_alarm(start: Start, alarm: str, override: tuple[str, ...], fault: Any) -> None:
-    ended = run(start, tiny.recipe(*OVERRIDES, *override), fault)
-    assert [change.name for change in ended.changes] == [alarm]
-    assert ended.changes[0].cycle < CYCLES
+    changes = run(start, tiny.recipe(*OVERRIDES, *override), fault)
+    assert [(change.name, change.raised) for change in changes] == [(alarm, True)]

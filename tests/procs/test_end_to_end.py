@@ -93,6 +93,7 @@ def trained(lab: Path) -> Path:
     mirai(lab, "data", "embed", "prompts.txt", "--encoder", "umt5", "--out", "embeddings", "--length", "12")
     said = mirai(lab, "train", "recipe.yaml", "--nproc", "2", "--run-dir", "run")
     assert "report: run/report.html" in said
+    assert "attention:" in said and "dense: sdpa" in said and "flash-2, xformers: needs a CUDA device" in said
     return lab
 
 

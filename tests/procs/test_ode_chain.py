@@ -16,23 +16,32 @@ import torch.distributed as dist
 from mirai_dist.commands import data_make
 from mirai_dist.commands.arguments import VERBS
 from mirai_dist.config import FileError, RecipeError, load
-from mirai_dist.cycle.pipeline import Place, run_pipeline
+from mirai_dist.config.digest import to_yaml
+from mirai_dist.config.steps import steps
+from mirai_dist.cycle.chain import run_chain as run_steps
+from mirai_dist.cycle.pipeline import Place
 from mirai_dist.cycle.roles import teacher_forced, wan_shape
+from mirai_dist.cycle.stages import OdeStage
+from mirai_dist.cycle.starts import starts_of
 from mirai_dist.cycle.trajectories import Making
 from mirai_dist.data.latents import LatentStore
 from mirai_dist.data.world import World as VideoWorld
 from mirai_dist.method.flow import euler_grid
 from mirai_dist.models.text import VocabularyEncoder
 from mirai_dist.models.wan import WanModel
+from mirai_dist.models.wan.keys import shapes_of
 from mirai_dist.runtime.bootstrap import World
 from mirai_dist.runtime.signals import StopRequest
-from mirai_dist.state.checkpoint import load_network
+from mirai_dist.state.checkpoint import describe, load_network
 from mirai_dist.state.commit import latest
 from mirai_dist.state.draws import Draws
+from mirai_dist.weights.files import open_weights
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
+from tests.unit.test_export import export
 
 CHAIN = (
+    "stages.few_step.teacher=teacher", "stages.few_step.foresight.weight=0.5",
     "stages.few_step.kind=ode", "stages.few_step.trajectories=6", "ode.points=4", "ode.guidance=2.0",
     "ode.shard_size=2",
     *(f"stages.{name}.cycles={cycles}" for name, cycles in
@@ -49,7 +58,7 @@ def run_chain(folder: Path, ranks: int, *overrides: str) -> None:
     def body(rank: int) -> None:
         here = World(rank, rank, ranks, ranks, "here", tiny.CPU)
         console = tiny.console(folder)
-        run_pipeline(resolved, Place(here, folder, console, StopRequest()))
+        run_steps(resolved, Place(here, folder, console, StopRequest()), steps(resolved.recipe))
         console.close()
         dist.barrier()
 
@@ -81,6 +90,52 @@ def test_the_chain_runs_and_descends(finished: Path) -> None:
     assert passports[0]["starts"]["parent"]["kind"] == "ar"
     assert passports[1]["starts"]["parent"]["kind"] == "ode"
     assert passports[1]["starts"]["parent"]["name"] == "few_step"
+
+
+def test_the_predictor_of_the_start_is_left_behind(finished: Path, tmp_path: Path) -> None:
+    path = latest(finished / "stages/few_step/checkpoints")
+    assert path is not None
+    found = describe(path)
+    assert sorted(found.networks) == ["generator", "predictor"] and found.averages == ["generator"]
+    origin = found.passport["starts"]["teacher"]
+    assert (origin["name"], origin["kind"], origin["which"]) == ("teacher", "diffusion", "ema")
+    recipe = load(tiny.RECIPE, CHAIN).recipe
+    (finished / "recipe.yaml").write_text(to_yaml(recipe))
+    export(finished, "--stage", "few_step", "--to", "wan", "--out", tmp_path / "out")
+    assert open_weights(tmp_path / "out", "ema").shapes == shapes_of(wan_shape(recipe.generator, recipe))
+
+
+def test_the_encoder_is_what_the_teacher_stage_left(finished: Path) -> None:
+    recipe = load(tiny.RECIPE, CHAIN).recipe
+    path = latest(finished / "stages/teacher/checkpoints")
+    assert path is not None
+
+    def body(rank: int) -> dict[str, torch.Tensor]:
+        run = tiny.run_of(recipe, recipe.seed, "few_step", finished)
+        stage = OdeStage("few_step", run, starts_of(recipe, "few_step", finished))
+        assert stage.encoder is not None
+        return {name: tiny.whole(tensor) for name, tensor in stage.encoder.network.named_parameters()}
+
+    network = WanModel(wan_shape(recipe.teacher, recipe))
+    load_network(path, "teacher", network, "ema")
+    found = run_threads(1, body, tiny.TIMEOUT)[0]
+    assert not tiny.unequal(found, {name: tensor.detach() for name, tensor in network.named_parameters()})
+
+
+@pytest.mark.parametrize(("few_step", "dmd"), [(True, False), (False, True)])
+def test_foresight_in_one_stage_alone(finished: Path, tmp_path: Path, few_step: bool, dmd: bool) -> None:
+    """The chain above has it in both."""
+    again = tmp_path / "again"
+    for name in ("teacher", "ar_teacher", *(["few_step"] if few_step else ["few_step/pairs"])):
+        shutil.copytree(finished / "stages" / name, again / "stages" / name)
+    off = ["stages.few_step.foresight.weight=0", "stages.few_step.teacher="]
+    run_chain(again, 1, *([] if few_step else off), *([] if dmd else ["foresight.weight=0"]))
+    for name, on in (("few_step", few_step), ("distil/foresight/seed-1", dmd)):
+        assert ["cosine/foresight" in record for record in records(again, name)][0] == on, name
+        path = latest(again / "stages" / name / "checkpoints")
+        assert path is not None and ("predictor" in describe(path).networks) == on
+    for name in ("few_step", "distil/foresight/seed-1"):
+        assert "cosine/foresight" in records(finished, name)[0]
 
 
 def test_trajectories_are_the_dense_integration(finished: Path) -> None:

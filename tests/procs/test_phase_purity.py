@@ -95,7 +95,9 @@ def test_a_phase_changes_what_it_declares_and_nothing_else(watched, stage: str) 
 
 
 def test_every_declared_phase_was_watched(watched) -> None:
-    alone = {"diffusion_forcing", "ode"}  # their stages hold a single network: there is nothing else to change
+    # Their stages hold a single network, so there is nothing else to change; an ode stage with foresight holds
+    # three, and is watched in test_few_step_foresight.py, as is a consistency stage with foresight.
+    alone = {"diffusion_forcing", "ode"}
     assert {each.phase for seen, _ in watched[0].values() for each in seen} | alone == set(phases.CHANGES)
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,9 @@ from mirai_dist.state import commit
 from tests.procs import tiny
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "recipes" / "tiny" / "video_mirai.yaml"
+RECIPE = Path(__file__).with_name("pipeline.yaml")
 STAGES = {"teacher": 2, "ar_teacher": 1, "few_step": 1, "distil": 2}  # cycles
 ARMS = ("baseline", "foresight", "causal-encoder", "shuffled-targets")
-SHRUNKEN = [
-    "video.latent_frames=4", "video.frames_per_segment=2", "video.latent_height=2", "video.latent_width=2",
-    "world.speed=1", "world.radius=3", "text.dim=8", "foresight.predictor_blocks=1", "dmd.critic_updates=2",
-    "teacher.dim=12", "teacher.ffn_dim=16", "teacher.heads=1", "teacher.blocks=1", "teacher.freq_dim=8",
-    "foresight.depth=1", "rollout.steps=[1000,500]", "study.seeds=[11]", "checkpoint.every_cycles=1",
-    "evaluate.samples=2", "evaluate.grid_every=1", "evaluate.teacher_steps=2",
-    "evaluate.probe_clips=8", "evaluate.probe_updates=1",
-    *(f"stages.{name}.cycles={cycles}" for name, cycles in STAGES.items()),
-    *(f"stages.{name}.optimizer.warmup=0" for name in STAGES),
-    *(f"stages.{name}.batch.{key}" for name in STAGES for key in ("micro_size=2", "global_size=4")),
-]
 
 
 def environment() -> dict[str, str]:
@@ -50,9 +40,9 @@ def environment() -> dict[str, str]:
     return kept | own
 
 
-def start(run_dir: Path, nproc: int = 2) -> subprocess.Popen[str]:
+def start(run_dir: Path, nproc: int = 2, more: Sequence[str] = ()) -> subprocess.Popen[str]:
     """`mirai train` on several ranks; one rank is started without any launcher."""
-    arguments = ["--run-dir", str(run_dir), *SHRUNKEN]
+    arguments = ["--run-dir", str(run_dir), *more]
     mirai = ["mirai_launch", "train", str(RECIPE), "--nproc", str(nproc)]
     command = mirai if nproc > 1 else ["mirai_dist", "--recipe", str(RECIPE)]
     return subprocess.Popen([sys.executable, "-m", *command, *arguments], env=environment(), text=True,
@@ -126,6 +116,22 @@ def test_from_nothing_to_the_report(finished: Path) -> None:
     text = (finished / "report.html").read_text()
     assert all(name in json.dumps(document) and name in text for name in ARMS)
     assert len(list((finished / "samples").rglob("*.mp4"))) >= 2
+    [gate] = document["gates"]
+    assert gate["passed"] and gate["stage"] == "distil" and len(gate["measures"]) == 3
+    assert "Gates between stages" in text and len(list((finished / "stages/distil/gate").glob("*.mp4"))) == 2
+
+
+def test_a_failing_gate_is_one_line_and_not_requeued(run_dir: Path) -> None:
+    """Judged by itself, with bounds that no clip meets."""
+    failing = "stages.distil.gate={motion: [8, 9], failing: 0.5}"
+    code, said, errors = ended(start(run_dir, more=["--only", "distil.gate", failing]))
+    assert code == 20, errors
+    [line] = errors.splitlines()
+    assert ":0 GateFailed: distil gate: few_step (" in line and "clips stand still: motion of 2 of 2 clips" in line
+    assert f"Look at {run_dir / 'stages/distil/gate'}" in line and "stages.distil.gate.clips=0" in line
+    assert "distil gate: 2 clips of few_step" in said and "report" not in said
+    assert not json.loads((run_dir / "stages/distil/gate.json").read_text())["passed"]
+    assert len(list((run_dir / "stages/distil/gate").glob("*.mp4"))) == 2
 
 
 def test_arms_start_alike_and_differ_in_what_they_say(finished: Path) -> None:

@@ -99,6 +99,15 @@ def test_a_cycle_of_dmd(threads: Any, overrides: list[str]) -> None:
     compare(threads, tiny.recipe(f"stages.distil.batch.global_size={batch}", *overrides), "distil")
 
 
+@pytest.mark.parametrize("fusion", ["none", "frames", "offsets"])
+def test_foresight_of_a_few_step_start(threads: Any, fusion: str) -> None:
+    own = ["weight=0.5", f"fusion={fusion}", f"encoder_attention={'causal' if fusion == 'none' else 'bidirectional'}"]
+    settings = [f"stages.few_step.foresight.{each}" for each in own]
+    clip = ["video.latent_frames=4", "video.frames_per_segment=2"]
+    recipe = tiny.recipe(*settings, *clip, "stages.few_step.teacher=teacher", "stages.few_step.batch.global_size=1")
+    compare(threads, recipe, "few_step")
+
+
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("kind", ["bidirectional", "teacher_forcing", "diffusion_forcing", "consistency"])
 def test_an_update_of_an_earlier_stage(threads: Any, kind: str, recompute: str) -> None:

@@ -107,6 +107,7 @@ SLOW = [
     ("ar_teacher", [*SAVING, "stages.ar_teacher.kind=diffusion_forcing", "parallel.compute_dtype=bfloat16"]),
     ("few_step", ["parallel.unit=block", "parallel.reshard_after_forward=true"]),
     ("few_step", [*SAVING, "parallel.compute_dtype=bfloat16"]),
+    ("few_step", [*SAVING, "stages.few_step.foresight.weight=0.5", "stages.few_step.teacher=teacher"]),
 ]
 
 

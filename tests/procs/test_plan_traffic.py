@@ -147,6 +147,12 @@ def test_a_thousand_ranks(replicas: int, overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("overrides", LAYOUTS[:2], ids=lambda o: ",".join(o))
+def test_foresight_of_a_few_step_start(overrides: list[str]) -> None:
+    settings = ["stages.few_step.foresight.weight=0.5", "stages.few_step.teacher=teacher"]
+    compare(tiny.recipe(*overrides, *settings, "stages.few_step.batch.global_size=16"), "few_step", 8)
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS[:2], ids=lambda o: ",".join(o))
 @pytest.mark.parametrize("name", ["teacher", "ar_teacher", "few_step"])
 def test_an_update_of_an_earlier_stage(name: str, overrides: list[str]) -> None:
     compare(tiny.recipe(*overrides, f"stages.{name}.batch.global_size=16"), name, 8)

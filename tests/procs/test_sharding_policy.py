@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from mirai_dist.config import schema
+from mirai_dist.config import Resolved, schema
 from mirai_dist.cycle.effective import effective
 from mirai_dist.cycle.roles import Role, causal, velocity_of
 from mirai_dist.method.rollout import RolloutInputs, rollout
@@ -89,7 +89,7 @@ def check_storage(stage: Any) -> None:
 
 def check_effective(stage: Any, recipe: schema.Recipe) -> None:
     """effective.yaml tells of the networks that were built."""
-    written = effective(recipe, dist.get_world_size(), "cpu")
+    written = effective(Resolved(recipe, {}, tiny.RECIPE, {}), dist.get_world_size(), "cpu")
     assert written["accumulation"]["distil"] == stage.layout.micro_batches
     names = {"teacher": "teacher and foresight encoder"}
     assert written["networks"].keys() == {names.get(name, name) for name in roles_of(stage)}

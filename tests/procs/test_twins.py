@@ -84,12 +84,11 @@ def newest(job: Path) -> Path:
 
 def jobs(resolved: Resolved, stage: str, run_dir: Path) -> list[tuple[Recipe, Path]]:
     """(recipe, directory) of every training run of a stage."""
-    root = run_dir / "stages" / stage
-    if resolved.recipe.stages[stage].kind != "dmd":
-        return [(resolved.recipe, root)]
-    study = resolved.recipe.study
-    return [(resolved.with_overrides(overrides, arm).recipe, root / arm / f"seed-{seed}")
-            for arm, overrides in study.arms.items() for seed in study.seeds]
+    root, recipe = run_dir / "stages" / stage, resolved.recipe
+    if stage != recipe.study_stage:
+        return [(resolved.of_stage(stage).recipe, root)]
+    return [(resolved.of_arm(arm).recipe, root / arm / f"seed-{seed}")
+            for arm in recipe.study.arms for seed in recipe.study.seeds]
 
 
 @pytest.mark.parametrize("path", TWINS)
@@ -104,8 +103,19 @@ def test_the_twin_runs_to_its_report(path: Path, tmp_path: Path) -> None:
         assert f"{name}: {count}\n" in (run_dir / "effective.yaml").read_text()
         for arm, job in jobs(twin, name, run_dir):
             check_job(arm, name, job)
-    if twin.recipe.weights:
-        starts_from_its_files(twin.recipe, run_dir / "stages" / "distil")
+    check_gates(twin.recipe, run_dir)
+    starts_from_its_files(twin.recipe, run_dir / "stages" / "distil")
+
+
+def check_gates(recipe: Recipe, run_dir: Path) -> None:
+    """Every gate was run, and let the twin pass; bounds are absolute where there are prompts and no clips."""
+    gated = [name for name, stage in recipe.stages.items() if stage.gate.clips]
+    assert "distil" in gated
+    for name in gated:
+        record = json.loads((run_dir / "stages" / name / "gate.json").read_text())
+        assert record["passed"] and [len(each["values"]) for each in record["measures"]] == [2] * 3
+        absolute = bool(recipe.data.prompts) and not recipe.data.latents
+        assert [each["reference"] == "nan" for each in record["measures"]] == [absolute] * 3
 
 
 def check_job(recipe: Recipe, name: str, job: Path) -> None:
@@ -121,6 +131,9 @@ def check_job(recipe: Recipe, name: str, job: Path) -> None:
     assert [(row["cycle"], row["phase"]) for row in rows] == [(c, phase) for c in range(2) for phase in updates]
     if stage.kind == "dmd":
         check_foresight(recipe, rows)
+    else:
+        for row in rows:
+            assert FORESIGHT & row.keys() == (FORESIGHT if stage.foresight.weight else set()), row
     final = newest(job)
     role = "teacher" if stage.kind == "bidirectional" else "generator"
     network = getattr(recipe, role)
@@ -144,12 +157,15 @@ def check_foresight(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
 
 
 def starts_from_its_files(recipe: Recipe, stage: Path) -> None:
-    """Generator and critic are what their files hold, moved by as little as a few updates can; all of it moved."""
-    [job] = stage.glob("*/seed-*")
-    cycles, critic = recipe.stages["distil"].cycles, recipe.dmd
-    rates = {"generator": recipe.stages["distil"].optimizer.lr * cycles,
-             "critic": critic.critic_optimizer.lr * cycles * critic.critic_updates}
-    for role, entry in (("generator", "start"), ("critic", "base")):
+    """Generator and critic, where they start from files, are what these hold, moved by as little as a few updates can;
+    all of it moved."""
+    distil, critic = recipe.stages["distil"], recipe.dmd
+    rates = {"generator": distil.optimizer.lr * distil.cycles,
+             "critic": critic.critic_optimizer.lr * distil.cycles * critic.critic_updates}
+    for role, entry in (("generator", distil.parent), ("critic", distil.critic or distil.teacher)):
+        if entry not in recipe.weights:
+            continue
+        [job] = stage.glob("*/seed-*")
         source = recipe.weights[entry]
         file = open_weights(Path(source.path), "ema" if source.which == "ema" else "raw")
         for key, tensor in stored(newest(job), f"networks/{role}/").items():

@@ -133,7 +133,7 @@ def train(stage: Stage, positions: int) -> list[dict[str, float]]:
     found = []
     for _ in range(positions):
         stage.step()
-        found.append(stage.metrics.reduce())
+        found.append(stage.observe().values)
         stage.advance()
     return found
 
@@ -208,6 +208,10 @@ def unequal(left: Mapping[str, Any], right: Mapping[str, Any], tolerance: float 
 def _differ(left: Any, right: Any, tolerance: float) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         left, right = torch.tensor(left), torch.tensor(right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return bool(unequal(left, right, tolerance))
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) != len(right) or any(_differ(*pair, tolerance) for pair in zip(left, right, strict=True))
     if not isinstance(left, Tensor):
         return bool(left != right)
     if left.shape != right.shape or left.dtype != right.dtype:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirai_dist.attention.patterns import Full, Pattern, SegmentCausal, TeacherForced
+from mirai_dist.attention import sdpa
+from mirai_dist.attention.patterns import Pattern, SegmentCausal, TeacherForced
 from mirai_dist.method.foresight import PRESETS, foresight_loss
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from mirai_kernels.cosine_head.reference import cosine_head
@@ -102,7 +103,7 @@ def test_full_over_cached_and_own_keys(past: int) -> None:
     cached = normal(4, 2, past, HEADS, WIDTH), normal(5, 2, past, HEADS, WIDTH)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return Full()(q, torch.cat((cached[0], k), 1), torch.cat((cached[1], v), 1))
+        return sdpa.dense(q, torch.cat((cached[0], k), 1), torch.cat((cached[1], v), 1))
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return chunk_attention(q, (k, v), cached)[0]
@@ -110,7 +111,7 @@ def test_full_over_cached_and_own_keys(past: int) -> None:
     assert_same(with_gradients(ours, (q, k, v)), with_gradients(reference, (q, k, v)))
 
 
-@pytest.mark.parametrize("pattern", [Full(), SegmentCausal(2), TeacherForced(2)])
+@pytest.mark.parametrize("pattern", [sdpa.dense, SegmentCausal(2), TeacherForced(2)])
 def test_patterns_keep_dtype_and_layout(pattern: Pattern) -> None:
     q, k, v = (each.bfloat16() for each in qkv(8))
     attended = pattern(q, k, v)
@@ -142,7 +143,7 @@ def largest_tensor(pattern: Pattern, tokens: int) -> int:
     return max(sizes.made)
 
 
-@pytest.mark.parametrize("pattern_of", [lambda _: Full(), SegmentCausal, TeacherForced])
+@pytest.mark.parametrize("pattern_of", [lambda _: sdpa.dense, SegmentCausal, TeacherForced])
 @pytest.mark.parametrize("segments", [4, 8])
 def test_no_tensor_grows_with_the_square_of_the_sequence(pattern_of: Callable[[int], Pattern], segments: int) -> None:
     """No mask and no scores: the largest thing is a tensor of tokens."""

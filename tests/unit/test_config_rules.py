@@ -14,6 +14,7 @@ from mirai_dist.config.schema import Batch
 
 SMALL = Path(__file__).parent / "data" / "small.yaml"
 
+ENCODED = ("stages.few_step.foresight.weight=0.2", "stages.few_step.teacher=teacher")
 # rule, overrides that break it (and nothing else first), what the message must hold
 BROKEN = [
     ("range", ["video.channels=0"], "video.channels is 0; it must be at least 1"),
@@ -40,10 +41,24 @@ BROKEN = [
     ("sources", ["stages.ar_teacher.parent=few_step"], "one of: teacher"),
     ("sources", ["stages.distil.teacher=techer"], "'techer', which is no earlier stage and no entry of weights"),
     ("sources", ["weights.teacher={path: x}"], "stages.teacher and weights.teacher have one name"),
-    ("dmd-roles", ["stages.few_step.teacher=teacher"], "stages.few_step.teacher has no effect"),
+    ("dmd-roles", ["stages.ar_teacher.teacher=teacher"], "stages.ar_teacher.teacher has no effect"),
     ("dmd-roles", ["stages.few_step.critic=teacher"], "stages.few_step.critic has no effect"),
     ("dmd-roles", ["stages.distil.teacher="], "stages.distil.teacher is missing"),
     ("dmd-roles", ["stages.distil.parent="], "stages.distil.parent is missing"),
+    ("few-step-foresight", ["stages.few_step.teacher=teacher"], "and stages.few_step.foresight.weight is 0; remove it"),
+    ("few-step-foresight", ["stages.few_step.foresight.weight=0.2"], "stages.few_step.teacher is missing"),
+    ("few-step-foresight", ["stages.ar_teacher.foresight.weight=0.2"], "no effect in a stage of kind teacher_forcing"),
+    ("few-step-foresight", ["stages.distil.foresight.fusion=none"], "foresight of dmd is the section foresight"),
+    ("gate-parent", ["stages.teacher.gate.clips=4"], "stage teacher starts from random weights"),
+    ("gate-parent", ["stages.ar_teacher.gate.clips=4"], "rolls out a causal network, and 'teacher' is bidirectional"),
+    ("gate-clips",
+     ["stages.distil.gate.clips=4", "video.latent_frames=3", "foresight.offsets=[0]", "study.arms={a: []}"],
+     "clips of 3 latent frames are too short: it takes two segments (6 frames) and 3 frames; set it to 0"),
+    ("gate-bounds", ["stages.distil.gate.motion=[1]"], "stages.distil.gate.motion is [1.0]; write [low, high]"),
+    ("gate-bounds", ["stages.distil.gate.motion=[2,1]"], "with 0 <= low < high, or [] for the default"),
+    ("gate-bounds", ["stages.distil.gate.saturation=[0,1e999]"], "is [0.0, inf]; write [low, high]"),
+    ("stage-name", ["stages.report=${stages.teacher}"], "stages.report has the name of a run's last step"),
+    ("range", ["stages.distil.gate.failing=1.5"], "it must be at least 0 and at most 1"),
     ("trajectories", ["stages.few_step.trajectories=4"], "has no effect in a stage of kind consistency"),
     ("trajectories", ["stages.few_step.kind=ode"], "and neither is set"),
     (
@@ -61,6 +76,7 @@ BROKEN = [
     ("source-kind", ["stages.few_step.kind=bidirectional"], "starts from diffusion"),
     ("source-kind", ["weights.w={path: x, kind: diffusion}", "stages.distil.parent=w"], "'w' is of kind diffusion"),
     ("source-shape", ["generator.blocks=2"], "generator.blocks 2, teacher.blocks 4"),
+    ("source-kind", [*ENCODED, "stages.few_step.teacher=ar_teacher"], "the teacher of a consistency stage starts from"),
     ("source-shape", ["critic.ffn_dim=256"], "critic.ffn_dim 256, teacher.ffn_dim 512"),
     (
         "source-shape",
@@ -77,14 +93,22 @@ BROKEN = [
     ("clips-needed", ["data.prompts=x", "text.encoder=store", "text.path=x"], "stages.teacher of kind bidirectional"),
     ("foresight-start", ["foresight.start_cycle=10"], "not before the end of stage distil (6 cycles)"),
     (
-        "dmd-last",
-        ["stages.after={kind: bidirectional, cycles: 1, batch: {global_size: 1}, optimizer: {lr: 1}}"],
-        "last",
+        "study-stage",
+        [
+            "stages.after={kind: dmd, parent: distil, teacher: teacher, cycles: 1, batch: {global_size: 1}, "
+            "optimizer: {lr: 1}}",
+            "study.stage=distil",
+        ],
+        "stages.after.parent is 'distil', of which the study trains one network an arm and seed",
     ),
-    ("dmd-last", ["stages.twin=${stages.distil}"], "distil, twin are all of kind dmd"),
+    ("study-stage", ["study.stage=few_step"], "no stage of kind dmd (one of: distil)"),
+    ("stage-overrides", ["stages.few_step.overrides=[video.latent_frames=6]"], "is one for all stages"),
+    ("stage-overrides", ["stages.few_step.overrides=[stages.few_step.cycles=6]"], "is one for all stages"),
+    ("stage-overrides", ["stages.few_step.overrides=[dmd.guidance=1, dmd.guidance=2]"], "sets dmd.guidance twice"),
     ("batch-micro", ["stages.distil.batch.micro_size=3"], "use 6 or 9"),
     ("exit-groups", ["rollout.exit_groups=3"], "use one of 1, 2, 4, 8"),
     ("warmup", ["stages.few_step.optimizer.warmup=11"], "longer than the 10 updates"),
+    ("warmup", [*ENCODED, "stages.few_step.foresight.optimizer.warmup=11"], "longer than the 10 updates"),
     ("warmup", ["dmd.critic_optimizer.warmup=31"], "longer than the 30 updates"),
     ("ema-off", ["stages.distil.ema={decay: 0, start_update: 3}"], "decay 0 turns the average off"),
     ("ema-too-late", ["stages.distil.ema={decay: 0.9, start_update: 6}"], "never reached in 6 cycles"),
@@ -107,15 +131,28 @@ BROKEN = [
     ("window", ["rollout.window_frames=7"], "use 6 or 9"),
     ("window", ["rollout.window_frames=6", "rollout.sink_frames=6"], "use at least 9"),
     ("score-timesteps", ["dmd.min_timestep=980"], "dmd.min_timestep 980"),
+    ("saturation-limit", ["alarms.saturation=0.5"], "use more than 1"),
+    ("range", ["alarms.window_cycles=0"], "alarms.window_cycles is 0; it must be at least 1"),
     ("offsets", ["foresight.offsets=[]"], "from 0 to 3"),
     ("offsets", ["foresight.offsets=[1, 1]"], "foresight.offsets [1, 1]"),
     ("offsets", ["foresight.offsets=[0, 4]"], "from 0 to 3"),
     ("offsets", ["foresight.offsets=[-1]"], "foresight.offsets [-1]"),
     ("offsets", ["video.frames_per_segment=12"], "from 0 to 0"),
     (
+        "half-attention",
+        ["parallel.attention=flash", "parallel.compute_dtype=float32"],
+        "parallel.attention flash computes in bfloat16, and parallel.compute_dtype is float32",
+    ),
+    ("half-attention", ["parallel.attention=cudnn", "parallel.compute_dtype=float32"], "use attention auto or sdpa"),
+    (
         "shuffled-targets",
         ["foresight.targets=shuffled", "stages.distil.batch={global_size: 8, micro_size: 1}"],
         "stages.distil.batch.micro_size above 1",
+    ),
+    (
+        "shuffled-targets",
+        [*ENCODED, "stages.few_step.foresight.targets=shuffled", "stages.few_step.batch={micro_size: 1}"],
+        "stages.few_step.batch.micro_size above 1",
     ),
     ("study-size", ["study.seeds=[1, 1]"], "must be different"),
     ("study-size", ["study.seeds=[]"], "at least one"),
@@ -123,6 +160,8 @@ BROKEN = [
     ("arm-overrides", ["study.arms.x=[dmd.guidance=1, dmd.guidance=2]"], "study.arms.x sets dmd.guidance twice"),
     ("arm-overrides", ["study.arms.x=[video.fps=8]"], "study.arms.x sets video.fps, which all arms share"),
     ("arm-overrides", ["study.arms.x=[stages.teacher.cycles=8]"], "which all arms share"),
+    ("arm-overrides", [*ENCODED, "study.arms.x=[stages.few_step.foresight.weight=0]"], "which all arms share"),
+    ("arm-overrides", ["study.arms.x=[stages.distil.gate.clips=8]"], "which all arms share"),
     ("arm-overrides", ["study.arms.x=['study.seeds=[8]']"], "which all arms share"),
 ]
 
@@ -180,6 +219,21 @@ def test_a_study_without_a_dmd_stage_is_refused(ar_only: Path) -> None:
 def test_a_typed_key_that_no_stage_reads_is_refused(ar_only: Path, override: str) -> None:
     with pytest.raises(RecipeError, match=r"^command line: .* has no effect: no stage is of kind .* \[no-effect\]$"):
         load(ar_only, [override])
+
+
+def test_a_typed_key_of_foresight_in_a_few_step_start_is_read(ar_only: Path) -> None:
+    rest = "cycles: 2, batch: {global_size: 2}, optimizer: {lr: 1e-3}"
+    few = f"few: {{kind: consistency, parent: ar, teacher: base, foresight: {{weight: 1}}, {rest}}}"
+    text = ar_only.read_text().replace("  ar:", f"  base: {{kind: bidirectional, {rest}}}\n  ar:")
+    ar_only.write_text(text.replace("checkpoint:", f"  {few}\ncheckpoint:"))
+    assert load(ar_only, ["foresight.depth=1"]).recipe.foresight.depth == 1
+    with pytest.raises(RecipeError, match=r"foresight.start_cycle has no effect: .* \[no-effect\]$"):
+        load(ar_only, ["foresight.start_cycle=1"])
+
+
+def test_a_critic_is_of_dmd_alone() -> None:
+    """The encoder of a few-step start is no critic's start, whatever shapes they are."""
+    load(SMALL, [*ENCODED, "critic.ffn_dim=256", "weights.w={path: x}", "stages.distil.critic=w"])
 
 
 def test_a_rule_broken_by_two_files_points_at_the_written_key(tmp_path: Path) -> None:

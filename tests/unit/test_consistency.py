@@ -9,7 +9,7 @@ from torch import Tensor
 from mirai_dist.method.consistency import ConsistencyNetworks, Neighbours, consistency_loss
 from mirai_dist.method.dmd import Conditioning
 from mirai_dist.method.flow import euler_grid
-from mirai_dist.method.teacher_forcing import TeacherForcedNetwork
+from mirai_dist.method.teacher_forcing import StateNetwork, TeacherForcedNetwork
 
 SHAPE = (2, 3, 4, 2, 2)
 PROMPTS = Conditioning(
@@ -40,10 +40,14 @@ def analytic(scale: Tensor | float) -> TeacherForcedNetwork:
     return velocity
 
 
+def with_states(network: TeacherForcedNetwork) -> StateNetwork:
+    return lambda latent, timesteps, text, clean: (network(latent, timesteps, text, clean), 2 * latent)
+
+
 def networks(
     student: float | Tensor = 0.3, target: float | Tensor = 0.5, teacher: float | Tensor = 0.7
 ) -> ConsistencyNetworks:
-    return ConsistencyNetworks(*(analytic(scale) for scale in (student, target, teacher)))
+    return ConsistencyNetworks(with_states(analytic(student)), analytic(target), analytic(teacher))
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
@@ -62,15 +66,16 @@ def test_one_step_by_hand(guidance: float) -> None:
     goal = nearer - following * velocity(0.5, nearer, following, 2.0)
     estimate = noisy - sigma * velocity(0.3, noisy, sigma, 2.0)
     expected = (estimate - goal).square().mean().item()
-    loss = consistency_loss(networks(), clean, noise, at, PROMPTS, guidance)
+    loss, states = consistency_loss(networks(), clean, noise, at, PROMPTS, guidance)
     assert loss.item() == pytest.approx(expected, abs=1e-13)
+    assert states is not None and torch.equal(states, 2 * noisy)  # the student's, at its own timestep
 
 
 def test_at_the_boundary_the_goal_is_the_teachers_last_step() -> None:
     """At t = 0, x0 is the input, whatever the target network says."""
     clean, noise = normal(1), normal(2)
     at = neighbours((100.0, 20.0), (0.0, 0.0))
-    losses = {consistency_loss(networks(target=scale), clean, noise, at, PROMPTS, 3.0).item() for scale in (0.5, 9.0)}
+    losses = {consistency_loss(networks(target=scale), clean, noise, at, PROMPTS, 3.0)[0].item() for scale in (0.5, 9)}
     assert len(losses) == 1
 
 
@@ -84,14 +89,15 @@ def test_zero_for_exact_networks_of_a_known_video() -> None:
     grid = euler_grid(48, 5.0)
     for i in (0, 20, 46):
         at = neighbours((grid[i], grid[i]), (grid[i + 1], grid[i + 1]))
-        loss = consistency_loss(ConsistencyNetworks(exact, exact, exact), clean, noise, at, PROMPTS, 3.0)
+        known = ConsistencyNetworks(with_states(exact), exact, exact)
+        loss, _ = consistency_loss(known, clean, noise, at, PROMPTS, 3.0)
         assert loss.item() < 1e-25
 
 
 def test_gradient_reaches_the_student_alone() -> None:
     scales = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.3, 0.5, 0.7)]
     at = neighbours((937.5, 625.0), (930.0, 500.0))
-    consistency_loss(networks(*scales), normal(1), normal(2), at, PROMPTS, 3.0).backward()
+    consistency_loss(networks(*scales), normal(1), normal(2), at, PROMPTS, 3.0)[0].backward()
     assert scales[0].grad is not None and scales[0].grad != 0
     assert scales[1].grad is None and scales[2].grad is None
 
@@ -115,7 +121,7 @@ def test_stored_bf16_latents_move_in_float32() -> None:
     clean, noise = normal(1).bfloat16(), normal(2).bfloat16()
     grid = euler_grid(48, 5.0)
     at = neighbours((grid[0], grid[1]), (grid[1], grid[2]))
-    loss = consistency_loss(networks(), clean, noise, at, PROMPTS, 3.0)
-    exact = consistency_loss(networks(), clean.double(), noise.double(), at, PROMPTS, 3.0)
+    loss, _ = consistency_loss(networks(), clean, noise, at, PROMPTS, 3.0)
+    exact, _ = consistency_loss(networks(), clean.double(), noise.double(), at, PROMPTS, 3.0)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)

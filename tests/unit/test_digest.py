@@ -114,6 +114,7 @@ def test_diff_shows_both_values_and_absent_entries() -> None:
         "stages.distil.cycles=60",
         "study.arms.x=[dmd.guidance=1]",
         "study.seeds=[1, 2, 3]",
+        "stages.distil.gate={clips: 4, motion: [0, 9]}",
         "evaluate.samples=8",
         "checkpoint.keep=9",
         "parallel.recompute=none",

@@ -80,7 +80,7 @@ def test_a_masked_frame_that_is_not_finite_still_shows() -> None:
     """Its values reach the others through the sample's normaliser, so the run must stop as it does without a mask."""
     x, real = normal(1), normal(3)
     x[0, 0, 0, 0, 0] = float("nan")
-    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(normal(2), real), 3.0)
+    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(normal(2), real), 3.0).gradient
     assert dmd_loss(x, g, torch.tensor([False, True, True])).isnan()
 
 
@@ -97,7 +97,7 @@ def test_bf16_latents_keep_a_wide_gradient() -> None:
 
 def test_difference_by_hand_a_sample_at_a_time() -> None:
     x, fake, real, noisy = normal(1), normal(2), normal(3), normal(4)
-    g = score_difference(x, noisy, at(500, 800), PROMPTS, constant(fake, real), guidance=3.0)
+    g = score_difference(x, noisy, at(500, 800), PROMPTS, constant(fake, real), guidance=3.0).gradient
     for i in range(2):
         expected = (fake[i] - real[i]) / (x[i] - real[i]).abs().mean()
         torch.testing.assert_close(g[i], expected, rtol=0, atol=1e-12)
@@ -107,9 +107,10 @@ def test_difference_by_hand_a_sample_at_a_time() -> None:
 @given(scale=st.floats(1e-3, 1e3))
 def test_a_common_scale_of_both_differences_does_not_matter(scale: float) -> None:
     x, fake, real, noisy = normal(1), normal(2), normal(3), normal(4)
-    g = score_difference(x, noisy, at(500, 800), PROMPTS, constant(fake, real), 3.0)
+    g = score_difference(x, noisy, at(500, 800), PROMPTS, constant(fake, real), 3.0).gradient
     scores = constant(x + scale * (fake - x), x + scale * (real - x))
-    torch.testing.assert_close(score_difference(x, noisy, at(500, 800), PROMPTS, scores, 3.0), g, rtol=1e-9, atol=1e-9)
+    other = score_difference(x, noisy, at(500, 800), PROMPTS, scores, 3.0).gradient
+    torch.testing.assert_close(other, g, rtol=1e-9, atol=1e-9)
 
 
 def test_no_graph_and_no_gradient_reaches_the_scores() -> None:
@@ -121,7 +122,8 @@ def test_no_graph_and_no_gradient_reaches_the_scores() -> None:
 
     noisy = noised(latents, normal(2), at(500, 500))
     assert not noisy.requires_grad
-    assert not score_difference(latents, noisy, at(500, 500), PROMPTS, (network, network), 3.0).requires_grad
+    scored = score_difference(latents, noisy, at(500, 500), PROMPTS, (network, network), 3.0)
+    assert not any(each.requires_grad for each in scored)
 
 
 # --- guidance ------------------------------------------------------------------------------------------------
@@ -131,6 +133,17 @@ def test_guidance_formula() -> None:
     conditional, unconditional = normal(1), normal(2)
     torch.testing.assert_close(guided(conditional, unconditional, 3.0), 4 * conditional - 3 * unconditional)
     assert torch.equal(guided(conditional, unconditional, 0.0), conditional)
+
+
+def test_the_estimates_are_those_the_gradient_was_made_of() -> None:
+    """The teacher's x0 is 1 for the prompt and 0 for the negative one, the critic's 7."""
+    teacher = denoising_to(lambda latent, text: text.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1).expand_as(latent))
+    critic = denoising_to(lambda latent, text: torch.full_like(latent, 7.0))
+    x, timesteps = normal(1), at(500, 800)
+    scored = score_difference(x, normal(4), timesteps, PROMPTS, (teacher, critic), guidance=3.0)
+    for found, expected in ((scored.fake, 7.0), (scored.conditional, 1.0), (scored.real, 4.0)):
+        torch.testing.assert_close(found, torch.full_like(x, expected), rtol=0, atol=1e-12)
+    assert torch.equal(scored.latents, x) and torch.equal(scored.timesteps, timesteps)
 
 
 def test_the_teacher_is_guided_and_the_critic_is_not() -> None:
@@ -143,7 +156,7 @@ def test_the_teacher_is_guided_and_the_critic_is_not() -> None:
         return (latent - prompt.view(-1, 1, 1, 1, 1)) / (timesteps / 1000).view(-1, 1, 1, 1, 1)
 
     x, noisy = torch.full(SHAPE, 6.0, dtype=torch.float64), normal(4)
-    g = score_difference(x, noisy, at(500, 800), PROMPTS, (network, network), guidance=3.0)
+    g = score_difference(x, noisy, at(500, 800), PROMPTS, (network, network), guidance=3.0).gradient
     torch.testing.assert_close(g, torch.full_like(g, (1 - 4) / (6 - 4)), rtol=0, atol=1e-12)
     assert sorted(read) == [(2, [1.0, 1.0]), (4, [1.0, 1.0, 0.0, 0.0])]
 
@@ -154,7 +167,7 @@ def test_the_teacher_is_guided_and_the_critic_is_not() -> None:
 def test_a_non_finite_critic_shows_where_it_was() -> None:
     x, fake, real = normal(1), normal(2), normal(3)
     fake[1, 0, 0, 0, 0] = float("nan")
-    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(fake, real), 3.0)
+    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(fake, real), 3.0).gradient
     assert g.isnan().nonzero().tolist() == [[1, 0, 0, 0, 0]]
     assert dmd_loss(x, g).isnan()
 
@@ -162,7 +175,7 @@ def test_a_non_finite_critic_shows_where_it_was() -> None:
 def test_a_non_finite_teacher_spoils_its_sample_alone() -> None:
     x, fake, real = normal(1), normal(2), normal(3)
     real[0, 0, 0, 0, 0] = float("inf")
-    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(fake, real), 3.0)
+    g = score_difference(x, normal(4), at(500, 800), PROMPTS, constant(fake, real), 3.0).gradient
     assert g[0].isnan().all()  # through the guidance and the sample's normaliser
     assert g[1].isfinite().all()
 
@@ -199,7 +212,7 @@ def test_difference_is_that_of_the_gaussian_scores(timestep: float) -> None:
         marginal = gaussian((1 - sigma) * mean, ((1 - sigma) ** 2 * std**2 + sigma**2) ** 0.5)
         scores.append(torch.autograd.grad(marginal.log_prob(noisy).sum(), noisy)[0])
     difference = sigma**2 / (1 - sigma) * (scores[0] - scores[1])
-    g = score_difference(x, noisy, at(timestep, timestep), PROMPTS, (exact(*DATA), exact(*GENERATOR)), 3.0)
+    g = score_difference(x, noisy, at(timestep, timestep), PROMPTS, (exact(*DATA), exact(*GENERATOR)), 3.0).gradient
     # the normaliser is one positive number a sample
     scale = (difference / g).flatten(1)
     assert (scale > 0).all()
@@ -219,7 +232,7 @@ def test_the_loss_follows_the_kl_divergence_of_the_noised_gaussians(timestep: fl
     x = mean + std * z
     noisy = noised(x, noise, at(timestep))
     prompts = Conditioning(PROMPTS.text[:1], PROMPTS.negative)
-    g = score_difference(x, noisy, at(timestep), prompts, (exact(*DATA), exact(*GENERATOR)), guidance=3.0)
+    g = score_difference(x, noisy, at(timestep), prompts, (exact(*DATA), exact(*GENERATOR)), guidance=3.0).gradient
     ours = torch.stack(torch.autograd.grad(dmd_loss(x, g), (mean, std)))
 
     spread = ((1 - sigma) ** 2 * std**2 + sigma**2).sqrt()
@@ -237,7 +250,7 @@ def test_the_loss_follows_the_kl_divergence_of_the_noised_gaussians(timestep: fl
 def test_a_generator_that_matches_the_data_gets_no_gradient() -> None:
     x = normal(1)
     noisy = noised(x, normal(2), at(500, 700))
-    g = score_difference(x, noisy, at(500, 700), PROMPTS, (exact(*DATA), exact(*DATA)), guidance=3.0)
+    g = score_difference(x, noisy, at(500, 700), PROMPTS, (exact(*DATA), exact(*DATA)), guidance=3.0).gradient
     assert g.abs().max() < 1e-14
 
 

@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parents[1] / "procs" / "tiny.yaml"
 
 
 def used(*overrides: str, ranks: int = 2) -> dict:
-    return effective(load(RECIPE, overrides).recipe, ranks, "cpu")
+    return effective(load(RECIPE, overrides), ranks, "cpu")
 
 
 def test_it_survives_the_file() -> None:
@@ -32,6 +32,12 @@ def test_mesh_and_accumulation_follow_the_ranks() -> None:
     assert used(ranks=1)["accumulation"]["distil"] == 4
     with pytest.raises(RecipeError, match="global_size 4 cannot be split over 3 ranks"):
         used(ranks=3)
+
+
+def test_a_stage_of_its_own_says_what_is_different_in_it() -> None:
+    found = used("video.latent_frames=4", "stages.ar_teacher.overrides=[video.frames_per_segment=2]")
+    assert found["segments"] == 4 and found["in stage ar_teacher"] == {"segments": 2}
+    assert not [key for key in used() if key.startswith("in stage")]
 
 
 def test_timesteps_are_the_warped_ones() -> None:
@@ -52,12 +58,54 @@ def test_networks_are_told_by_their_plans() -> None:
     assert (release["storage"], release["compute"]) == ("bfloat16", "float32")
 
 
+def test_alarms_say_what_they_watch_or_why_they_cannot() -> None:
+    """The stage has nine cycles."""
+    assert used()["alarms"] == {
+        "distil": "no alarm can rise in 9 cycles: alarms.warmup_cycles and alarms.window_cycles are 15"}
+    short = ("alarms.warmup_cycles=3", "alarms.window_cycles=6")
+    limits = ("saturation", "mean_drift", "motion", "critic_lag", "score_scale", "timesteps")
+    moved = (*short, "alarms.on_alarm=stop", *(f"alarms.{name}=0" for name in limits))
+    assert used(*moved)["alarms"]["distil"] == "stop, after 9 cycles: generator_frozen, critic_frozen, predictor_frozen"
+    assert used(*moved, "alarms.moved=0")["alarms"]["distil"] == "every alarm is turned off"
+    assert "no alarm can rise" in used("alarms.warmup_cycles=4", "alarms.window_cycles=6")["alarms"]["distil"]
+
+
 def test_foresight_blocks_follow_preset_and_depth() -> None:
-    assert used()["foresight"] == {"generator blocks": 1, "encoder blocks": 1}
-    assert used("foresight.preset=release")["foresight"] == {"generator blocks": 2, "encoder blocks": 2}
-    assert used("teacher.blocks=4")["foresight"] == {"generator blocks": 1, "encoder blocks": 2}
+    def blocks(*overrides: str) -> tuple[int, int]:
+        found = used(*overrides)["foresight"]
+        return found["generator blocks"], found["encoder blocks"]
+
+    assert blocks() == (1, 1)
+    assert blocks("foresight.preset=release") == (2, 2)
+    assert blocks("teacher.blocks=4") == (1, 2)
+
+
+def test_stages_with_foresight_are_named() -> None:
+    few_step = ("stages.few_step.teacher=teacher", "stages.few_step.foresight.weight=0.5")
+    assert used()["foresight"]["weights"] == {"distil": 0.2}
+    assert used(*few_step)["foresight"]["weights"] == {"few_step": 0.5, "distil": 0.2}
+    assert used(*few_step, "foresight.weight=0")["foresight"]["weights"] == {"few_step": 0.5}
+
+
+def test_attention_is_told_with_who_was_refused() -> None:
+    refused = {"flash-2, xformers": "needs a CUDA device"}
+    assert used()["attention"] == {"dense": "sdpa", "segments": "dense calls, segment by segment", "refused": refused}
+    with pytest.raises(RecipeError, match=r"^parallel.attention: sdpa-efficient cannot be used here"):
+        used("parallel.attention=sdpa-efficient")
 
 
 def test_versions_are_those_that_run() -> None:
     assert used()["torch"] == torch.__version__ and used()["device"] == "cpu"
     assert used()["segments"] == 3
+
+
+def test_gates_are_said_with_the_bounds_in_use() -> None:
+    """Those of the stage's own recipe: with a prompt file and no clips they are absolute."""
+    gate = "stages.distil.gate={clips: 4, motion: [0.1, 3]}"
+    video = ("video.latent_frames=4", "video.frames_per_segment=2")
+    held = "4 clips of few_step: boundary_jump 0 to 2, motion 0.1 to 3, saturation 0.5 to 1.6 times that of clean clips"
+    assert used(gate, *video)["gates"] == {"distil": f"{held}; 25% may be outside"}
+    own = ("text.encoder=umt5", "text.path=x", "stages.distil.overrides=[data.prompts=x]")
+    held = "4 clips of few_step: boundary_jump 0 to 3, motion 0.1 to 3, saturation 0.4 to 1.6"
+    assert used(gate, *video, *own)["gates"] == {"distil": f"{held}; 25% may be outside"}
+    assert used()["gates"] == {}

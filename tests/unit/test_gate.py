@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from mirai_dist.evaluate.gate import ABSOLUTE, RELATIVE, Bounds, GateMeasures, Interval, check, measure
+from mirai_dist.config import load
+from mirai_dist.config.gates import ABSOLUTE, RELATIVE, Bounds, Interval, bounds_of
+from mirai_dist.evaluate.gate import GateMeasures, judge, measure, reasons
 
 CLIPS, FRAMES = 8, 12
+
+
+def check(measures: GateMeasures, bounds: Bounds, reference: GateMeasures | None = None) -> list[str]:
+    return reasons(judge(measures, bounds, reference), bounds.failing)
 
 
 def smooth(frames: int = FRAMES, channels: int = 16, seed: int = 1) -> Tensor:
@@ -45,9 +50,9 @@ def test_smooth_clips_pass(frames_per_segment: int) -> None:
 def test_each_fault_fails_for_its_own_reason(fault: str) -> None:
     sentence, clips = FAULTY[fault]
     reference = measure(smooth(seed=2), 3)
-    for reasons in (check(measure(clips, 3), RELATIVE, reference), check(measure(clips, 3), ABSOLUTE)):
-        assert len(reasons) == 1
-        assert reasons[0].startswith(sentence) and f"{fault} of 8 of 8 clips" in reasons[0]
+    for found in (check(measure(clips, 3), RELATIVE, reference), check(measure(clips, 3), ABSOLUTE)):
+        assert len(found) == 1
+        assert found[0].startswith(sentence) and f"{fault} of 8 of 8 clips" in found[0]
 
 
 def test_washed_out_and_flickering_clips() -> None:
@@ -114,13 +119,28 @@ def test_closed_form() -> None:
 def test_nothing_and_not_a_number_fail() -> None:
     zeros = measure(torch.zeros(2, 6, 4, 2, 2), 2)
     assert [r.split(":")[0] for r in check(zeros, ABSOLUTE)] == ["clips stand still", "clips are washed out"]
-    assert len(check(measure(torch.full((2, 6, 4, 2, 2), math.nan), 2), ABSOLUTE)) == 3
+    clips = smooth()
+    clips[1, 0, 0, 0, 0] = math.nan
+    for bounds in (ABSOLUTE, Bounds(Interval(0, 9), Interval(0, 9), Interval(0, 9), failing=1.0)):
+        assert check(measure(clips, 3), bounds) == ["1 of 8 clips hold values that are not finite"]
 
 
-def test_record_is_json() -> None:
-    record = json.loads(json.dumps(GateMeasures((1.0, 3.0), (0.1, 0.2), (1.0, 1.0)).record()))
-    assert record["boundary_jump"] == {"median": 2.0, "clips": [1.0, 3.0]}
-    assert list(record) == ["boundary_jump", "motion", "saturation"]
+def test_bounds_are_multiples_of_the_median_where_there_is_a_reference() -> None:
+    measures, reference = GateMeasures((1.0,), (3.0,), (1.0,)), GateMeasures((1.0,) * 3, (0.5, 2.0, 9.0), (1.0,) * 3)
+    bounds = Bounds(Interval(0, 2), Interval(1, 2), Interval(0, 2))
+    _, motion, _ = judge(measures, bounds, reference)
+    assert (motion.legal, motion.reference, motion.outside) == (Interval(2, 4), 2.0, [])
+    _, motion, _ = judge(measures, bounds)
+    assert motion.legal == Interval(1, 2) and math.isnan(motion.reference) and motion.outside == [3.0]
+
+
+def test_bounds_of_a_recipe() -> None:
+    """Relative to clips, absolute where a dmd stage has prompts alone; what the recipe writes takes their place."""
+    small, store = "tests/unit/data/small.yaml", ("data.prompts=x", "text.encoder=umt5", "text.path=x")
+    assert bounds_of(load(small).recipe, "distil") == RELATIVE
+    recipe = load(small, [*store, "stages.distil.gate={clips: 2, motion: [0, 5], failing: 0.5}"]).recipe
+    assert bounds_of(recipe, "few_step") == RELATIVE
+    assert bounds_of(recipe, "distil") == Bounds(ABSOLUTE.boundary_jump, Interval(0, 5), ABSOLUTE.saturation, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -255,8 +255,16 @@ def test_weights_that_cannot_be_viewed_are_refused() -> None:
 def test_gate_norms() -> None:
     modulation = torch.zeros(6, 4)
     modulation[2], modulation[5] = 3.0, torch.tensor([0.0, 2.0, 0.0, 2.0])
-    found = measured(health.gate_norms([modulation, torch.zeros(6, 4)]))
-    assert found == pytest.approx({"gate/attention": math.sqrt(4.5), "gate/ffn": 1.0})
+    expected = pytest.approx({"gate/attention": math.sqrt(4.5), "gate/ffn": 1.0})
+    assert measured(health.gate_norms([(modulation, 0), (torch.zeros(6, 4), 0)])) == expected
+    for split in range(7):  # rows on two ranks, of which one may hold no gate, or no row at all
+        ranks = [health.gate_norms([(each[rows], rows.start) for each in (modulation, torch.zeros(6, 4))])
+                 for rows in (slice(0, split), slice(split, 6))]
+        assert averaged(*ranks) == expected
+
+
+def test_plain_blocks_have_no_gates() -> None:
+    assert measured(health.gate_norms([])) == {}
 
 
 def test_combined_keeps_what_is_no_part() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirai_dist.config.error import FileError
 from mirai_dist.data.arrays import Part, file_of
-from mirai_dist.data.clips import open_clips, open_ode_pairs
+from mirai_dist.data.clips import open_clips
 from mirai_dist.data.latents import CLEAN, ODE, PROMPTS, STORE, Entry, LatentStore, LeftOut, Plan, StoreWriter
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.state.cursor import BatchLayout, Cursor, samples_of_rank
@@ -70,7 +70,7 @@ def test_what_was_put_in_comes_out(path: Path):
 
 def test_ode_pairs_give_states_and_their_last_as_clean(tmp_path: Path):
     fill(tmp_path / "s", PAIRS)
-    pairs = open_ode_pairs(tmp_path / "s")
+    pairs = open_clips(tmp_path / "s")
     states = pairs.states([3, 1])
     assert torch.equal(states, expected([3, 1], PAIRS)) and states.dtype == torch.bfloat16
     assert torch.equal(pairs.latents([3, 1]), states[:, -1])
@@ -80,8 +80,6 @@ def test_ode_pairs_give_states_and_their_last_as_clean(tmp_path: Path):
 def test_clean_latents_have_no_states(path: Path):
     with pytest.raises(FileError, match="holds clean latents, no trajectories"):
         LatentStore(path).states([0])
-    with pytest.raises(FileError, match="holds clean latents, no trajectories"):
-        open_ode_pairs(path)
 
 
 def test_a_shard_is_a_safetensors_file(path: Path):

@@ -43,6 +43,13 @@ def test_one_rank_a_gpu_unless_told() -> None:
     assert prepare(request, {}, gpus=8).ranks == 3
 
 
+def test_steps_reach_every_rank() -> None:
+    request = Request(Path("r.yaml"), Path("runs/x"), overrides=("seed=2",), only=("distil.gate", "distil,report"))
+    ours = [*OURS[:-1], "--only=distil.gate", "--only=distil,report", "seed=2"]
+    for env in ({}, STEP):
+        assert prepare(request, env, gpus=0).argv[-len(ours) :] == ours
+
+
 def test_threads_are_the_sites_if_it_says_so() -> None:
     assert prepare(REQUEST, {"OMP_NUM_THREADS": "7"}, gpus=0).env == {"OMP_NUM_THREADS": "7"}
     one = Request(Path("r.yaml"), Path("runs/x"), nproc=1)

@@ -17,7 +17,7 @@ import torch
 
 from mirai_dist.commands import data_verify
 from mirai_dist.config.error import FileError
-from mirai_dist.data.clips import open_clips, open_ode_pairs
+from mirai_dist.data.clips import open_clips
 from mirai_dist.data.lmdb_files import LmdbClips, LmdbContents, LmdbShapes, published_timesteps, write_lmdb
 
 SHAPE = (2, 3, 4, 4)
@@ -72,12 +72,10 @@ def test_rows_are_read_as_published(tmp_path: Path, states: int | None):
     assert torch.equal(clips.latents([3, 0]), torch.stack([whole[3][-1], whole[0][-1]]))
     assert clips.latents([2]).dtype == torch.float16 and clips.latents([]).shape == (0, *SHAPE)
     if states in (5, 6):
-        assert torch.equal(open_ode_pairs(clips.path).states([1, 4]), torch.stack([whole[1], whole[4]]))
+        assert torch.equal(clips.states([1, 4]), torch.stack([whole[1], whole[4]]))
     else:
         with pytest.raises(FileError, match="holds clean latents"):
             clips.states([0])
-        with pytest.raises(FileError, match="holds clean latents"):
-            open_ode_pairs(clips.path)
     with pytest.raises(IndexError, match="rows 0 to 4, not 5"):
         clips.captions([5])
     assert not list(clips.verify())

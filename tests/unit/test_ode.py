@@ -22,7 +22,7 @@ from mirai_dist.method.ode import (
     trajectories,
 )
 from mirai_dist.method.rollout import Past
-from mirai_dist.models.wan import Capture, History, KVCache, WanModel
+from mirai_dist.models.wan import Capture, Clean, History, KVCache, WanModel
 from mirai_dist.models.wan.kv_cache import CacheShape
 from tests.tiny_wan import SHAPE, TOKENS, latents, prompts, wan
 
@@ -93,7 +93,7 @@ def dense_states(network: WanModel, made: Integration, given: TrajectoryInputs) 
             kept.append(x)
         at = torch.full(noise.shape[:2], now, dtype=torch.float64)
         v_pos, v_neg = (
-            network(x, at, words, clean=clean, segment_frames=made.frames_per_segment).velocity
+            network(x, at, words, clean=Clean(clean), segment_frames=made.frames_per_segment).velocity
             for words in (text, negative.expand_as(text))
         )
         x = x - (now - following) / 1000 * (v_neg + made.guidance * (v_pos - v_neg))
@@ -282,7 +282,7 @@ def test_the_loss_is_that_of_the_cached_generator(per_segment: int) -> None:
     network, given, text, index = wan(), pairs(), prompts(3, 3), torch.tensor([3, 0, 2])
 
     def forced(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        output = network(latent, timesteps, text, clean=clean, segment_frames=per_segment, capture=Capture(2))
+        output = network(latent, timesteps, text, clean=Clean(clean), segment_frames=per_segment, capture=Capture(2))
         return output.velocity, output.hidden
 
     loss, hidden = ode_loss(forced, given, index, text)
@@ -304,7 +304,7 @@ def test_gradient_reaches_the_whole_network() -> None:
     network, given = wan(), pairs()
 
     def forced(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, None]:
-        return network(latent, timesteps, text, clean=clean, segment_frames=2).velocity, None
+        return network(latent, timesteps, text, clean=Clean(clean), segment_frames=2).velocity, None
 
     ode_loss(forced, given, torch.tensor([3, 0, 2]), prompts(3, 3))[0].backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]

@@ -39,18 +39,19 @@ def test_parameters_are_those_of_the_module(path: Path, role: str) -> None:
 
 
 @pytest.mark.parametrize("path", [WAN, TINY])
+@pytest.mark.parametrize("answers", [1, 3])
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_parameters_of_the_predictor(path: Path, preset: str) -> None:
+def test_parameters_of_the_predictor(path: Path, preset: str, answers: int) -> None:
     recipe = load(path, [f"foresight.preset={preset}"]).recipe
     with torch.device("meta"):
         model = Predictor(
             recipe.generator.dim,
-            recipe.teacher.dim,
+            answers * recipe.teacher.dim,
             recipe.generator.heads,
             recipe.foresight.predictor_blocks,
             PRESETS[preset].gated_predictor,
         )
-    assert planned_shapes(shapes.predictor(recipe)) == meta_shapes(model)
+    assert planned_shapes(shapes.predictor(recipe, answers)) == meta_shapes(model)
 
 
 def test_the_published_counts() -> None:

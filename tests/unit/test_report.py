@@ -14,21 +14,27 @@ import torch
 from mirai_dist.evaluate import charts
 from mirai_dist.evaluate.charts import LineChart, Palette, Series
 from mirai_dist.evaluate.report import (
+    AlarmChange,
     Cell,
+    GateResult,
+    GateRow,
     Precondition,
     ProbeResult,
     Provenance,
     QualityRow,
     Report,
+    RunAlarms,
     StageCurves,
+    StageStep,
     Timing,
     VideoRow,
     VideoTable,
     findings,
-    read_series,
+    series_of,
     summary,
     write,
 )
+from mirai_dist.evaluate.statistics import paired
 from mirai_dist.evaluate.video_files import write_mp4
 
 ORDER = ["ground truth", "teacher", "few-step start", "baseline", "foresight", "causal encoder", "shuffled targets",
@@ -46,6 +52,16 @@ def quality(rng: np.random.Generator) -> list[QualityRow]:
         values = base | {"foresight": (np.array(base["baseline"]) + gain + noise).tolist()}
         rows.append(QualityRow.measured(metric, values, pair, "fraction", higher, "of 64 videos"))
     return rows
+
+
+def steps() -> list[StageStep]:
+    """A teacher, a start that is worse, and an arm that is better than the start."""
+    worse, better = paired([-0.1, -0.12, -0.09]), paired([0.05, 0.06, 0.05])
+    return [
+        StageStep("teacher", "bidirectional", "", 0, 600, 54.0, 0.35, None),
+        StageStep("few <step>", "ode", "teacher", 1, 100, 20.0, 0.25, worse),
+        StageStep("foresight", "dmd", "few <step>", 3, 12, 14.0, 0.30, better),
+    ]
 
 
 def probe(rng: np.random.Generator, history: bool = True) -> ProbeResult:
@@ -100,6 +116,14 @@ def curves(rng: np.random.Generator) -> list[StageCurves]:
     return [StageCurves("teacher", [flow]), StageCurves("dmd", [dmd, cosine, empty])]
 
 
+ALARMS = [
+    RunAlarms("baseline, seed 1", []),
+    RunAlarms("foresight, seed 1", [AlarmChange(9, True, "alarm <b>motion</b> at cycle 9: it stands still"),
+                                    AlarmChange(30, False, "alarm motion cleared at cycle 30")]),
+    RunAlarms("foresight, seed 2", [], "no alarm can rise in 12 cycles"),
+]  # fmt: skip
+
+
 def example(directory: Path, history: bool = True) -> Report:
     rng = np.random.default_rng(7)
     timing = [
@@ -118,9 +142,19 @@ def example(directory: Path, history: bool = True) -> Report:
     return Report(
         "tiny/video_mirai", "2026-11-20 14:02", "foresight", "baseline", ORDER, [1, 2, 3], provenance,
         quality=quality(rng), probe=probe(rng, history), videos=videos(directory), curves=curves(rng), timing=timing,
-        recipe_yaml="name: tiny\nnote: <script>alert(1)</script>\n", effective_yaml="mesh: [2]\n",
-        notes=["Videos of a procedural world; see the README."],
+        alarms=ALARMS, recipe_yaml="name: tiny\nnote: <script>alert(1)</script>\n", effective_yaml="mesh: [2]\n",
+        notes=["Videos of a procedural world; see the README."], gates=gates(), steps=steps(),
     )  # fmt: skip
+
+
+def gates() -> list[GateResult]:
+    """One that passed beside clean clips, and one that failed its absolute bounds."""
+    relative = GateRow("boundary_jump", 1.37, 0.0, 2.21, 1.105, 1, 16)
+    absolute = GateRow("motion", 0.0113, 0.02, 1.1, math.nan, 12, 16)
+    return [
+        GateResult("distil", "few_step (ema, digest 6414e06b15cbb4d6)", True, 0.25, [relative]),
+        GateResult("late", "<start> (raw, digest 0a0a)", False, 0.125, [absolute]),
+    ]
 
 
 class Page(HTMLParser):
@@ -196,6 +230,18 @@ def test_every_number_of_the_tables_is_on_the_page(rendered: tuple[Report, Path,
         assert needed in text
 
 
+def test_gates_are_shown_with_measures_bounds_and_verdict(rendered: tuple[Report, Path, Page]) -> None:
+    text = " ".join(rendered[2].words)
+    shown = text[text.index("Gates between stages") : text.index("Training curves")]
+    first, second = shown.split("late")
+    for needed in ("distil", "few_step (ema, digest 6414e06b15cbb4d6)", "passed", "boundary jump", "1.37", "1.10",
+                   "0 to 2.21", "1 of 16", "at most 25%"):  # fmt: skip
+        assert needed in first, needed
+    for needed in ("<start>", "failed", "0.0113", "–", "0.0200 to 1.10", "12 of 16", "at most 12%"):
+        assert needed in second, needed
+    assert "passed" not in second and "failed" not in first
+
+
 def test_json_round_trip_with_numbers_that_json_lacks(rendered: tuple[Report, Path, Page]) -> None:
     report, path, _ = rendered
     text = (path.parent / "report.json").read_text()
@@ -218,6 +264,25 @@ def test_json_of_another_shape_is_refused(rendered: tuple[Report, Path, Page]) -
         Report.from_json(json.dumps(data))
 
 
+def test_alarms_are_told_run_by_run(rendered: tuple[Report, Path, Page]) -> None:
+    """None that rose is not the same as none that could."""
+    report, path, page = rendered
+    html = path.read_text()
+    section = html[html.index('<section id="alarms">'):]
+    section = section[: section.index("</section>")]
+    rows = re.findall(r'<li><span class="pill (\w+)">([^<]+)</span><span>([^<]+)</span>(.*?)</li>', section)
+    assert [row[:3] for row in rows] == [
+        ("better", "none was raised", "baseline, seed 1"),
+        ("worse", "1 raised", "foresight, seed 1"),
+        ("undecided", "not watched", "foresight, seed 2"),
+    ]
+    assert "&lt;b&gt;motion&lt;/b&gt; at cycle 9" in rows[1][3] and "cleared at cycle 30" in rows[1][3]
+    assert "no alarm can rise in 12 cycles" in rows[2][3]
+    assert "Alarms were raised in 1 of 3 runs: foresight, seed 1." in summary(report)
+    calm = replace(report, alarms=ALARMS[::2])
+    assert not any("Alarms" in sentence for sentence in summary(calm))
+
+
 def test_findings_follow_the_intervals(rendered: tuple[Report, Path, Page]) -> None:
     found = {finding.subject: finding for finding in findings(rendered[0])}
     assert [found[name].verdict for name in ("colour accuracy", "jerk", "sharpness")] == [
@@ -230,7 +295,7 @@ def test_findings_follow_the_intervals(rendered: tuple[Report, Path, Page]) -> N
 
 
 def test_summary_says_what_was_won_and_what_was_not(rendered: tuple[Report, Path, Page]) -> None:
-    quality_sentence, one, two_and_three, chance = summary(rendered[0])
+    quality_sentence, one, two_and_three, _, chance = summary(rendered[0])
     assert "of 3 rows, foresight is better in 1 (colour accuracy), worse in 1 (jerk)" in quality_sentence
     assert "not distinguishable from baseline at this size in 1 (sharpness)." in quality_sentence
     assert "1 segment ahead" in one and "gains more than baseline, causal encoder and shuffled targets." in one
@@ -270,10 +335,9 @@ def test_cells_and_numbers() -> None:
     assert [charts.signed(value, 0.113) for value in (0.00813, -0.0967, 0.0002)] == ["+0.008", "−0.097", "0.000"]
 
 
-def test_read_series_takes_the_strings_for_non_finite(tmp_path: Path) -> None:
-    lines = ({"cycle": 1, "loss/dmd": 0.5}, {"cycle": 2, "loss/critic": 1.0}, {"cycle": 3, "loss/dmd": "nan"})
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    series = read_series(tmp_path / "m.jsonl", "loss/dmd", "baseline")
+def test_a_curve_takes_the_strings_for_non_finite() -> None:
+    records = [{"cycle": 1, "loss/dmd": 0.5}, {"cycle": 2, "loss/critic": 1.0}, {"cycle": 3, "loss/dmd": "nan"}]
+    series = series_of(records, "loss/dmd", "baseline")
     assert series.x == [1.0, 3.0] and series.y[0] == 0.5 and math.isnan(series.y[1])
 
 
@@ -317,3 +381,12 @@ def test_a_name_keeps_its_colour_on_the_whole_page() -> None:
     palette = Palette(["a", "b"])
     assert palette.colour("b") == "var(--series-1)" == palette.colour("b")
     assert palette.colour("new") == "var(--series-2)" and palette.legend(["a"]) == ""
+
+
+def test_what_each_stage_buys_is_said_with_its_interval(tmp_path: Path) -> None:
+    page = write(tmp_path, example(tmp_path)).read_text()
+    section = page[page.index('<section id="steps">') : page.index('<section id="quality">')]
+    assert "few &lt;step&gt; − teacher" in section and "foresight − few &lt;step&gt;" in section
+    rows = re.findall(r"<tr>(.*?)</tr>", section, re.S)[1:]
+    assert ["not compared" in rows[0], "worse" in rows[1], "better" in rows[2]] == [True] * 3
+    assert "whole clip" in rows[0] and "1 frame<" in rows[1] and "3 frames<" in rows[2]

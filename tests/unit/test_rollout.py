@@ -26,7 +26,7 @@ from mirai_dist.method.rollout import (
     segments,
 )
 from mirai_dist.models.vae import LinearVae
-from mirai_dist.models.wan import Capture, History, KVCache, WanModel
+from mirai_dist.models.wan import Capture, Clean, History, KVCache, WanModel
 from mirai_dist.models.wan.kv_cache import CacheShape
 from mirai_dist.parallel.recompute import recompute
 from tests.tiny_wan import SHAPE, TOKENS, generator, gradients, largest_difference, latents, prompts, wan
@@ -550,7 +550,7 @@ def test_a_one_step_rollout_is_the_fixed_point_of_teacher_forcing(per_segment: i
     video, _ = rollout(causal(network), case.settings, inputs, case.cache(FRAMES - per_segment))
     timesteps = torch.full((1,), TIMESTEPS[0], dtype=torch.float64)
     noise = tensor(inputs.noise)[0]
-    masked = network(noise, timesteps, inputs.text, clean=video, segment_frames=per_segment).velocity
+    masked = network(noise, timesteps, inputs.text, clean=Clean(video), segment_frames=per_segment).velocity
     torch.testing.assert_close(noise - masked, video, rtol=0, atol=1e-11)
 
 

@@ -19,6 +19,7 @@ from mirai_dist.config.kinds import refusal
 from mirai_dist.config.rules import check_layout
 from mirai_dist.config.schema import Recipe
 from mirai_dist.data.embeddings import EmbeddingStore
+from mirai_dist.data.latents import EMBEDDINGS, LatentStore
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.evaluate.world_metrics import LEAST_FRAMES
 from mirai_dist.method.foresight import PRESETS, captured_blocks
@@ -30,16 +31,19 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("recipes/[!b]*/*.yaml"))
 CHUNKWISE = ROOT / "recipes/wan/causal-forcing-chunkwise-mirai-1x8.yaml"
 FRAMEWISE = ROOT / "recipes/wan/causal-forcing-framewise-mirai-8x8.yaml"
+CHAIN = ROOT / "recipes/chains/chunkwise-ode-8x8.yaml"
 TINY = ROOT / "recipes/tiny/video_mirai.yaml"
 # WanShape and places. Everything else must stay.
 MAY_DIFFER = (
     "name", "video.latent_frames", "video.latent_height", "video.latent_width", "world.speed", "world.radius",
     "world.radius_jitter", "text.dim", "text.length", "teacher.", "generator.", "critic.", "evaluate.",
-    "data.prompts", "text.path", "vae.path", "rollout.window_frames", "rollout.sink_frames", "foresight.start_cycle",
-    "parallel.replicas", "checkpoint.every_cycles", "study.seeds", "ode.points", "ode.shard_size",
+    "data.prompts", "data.latents", "text.path", "vae.path", "rollout.window_frames", "rollout.sink_frames",
+    "foresight.start_cycle", "parallel.replicas", "checkpoint.every_cycles", "study.seeds", "ode.points",
+    "ode.shard_size",
 )  # fmt: skip
 MAY_DIFFER_BELOW = (
     ".cycles", ".batch.global_size", ".batch.micro_size", ".ema.start_update", ".warmup", ".path", ".trajectories",
+    ".overrides", ".gate.clips", ".gate.failing",
 )  # fmt: skip
 
 
@@ -58,6 +62,17 @@ def test_a_twin_keeps_all_but_sizes(path: Path) -> None:
     assert not {key for key in changed if not key.startswith(MAY_DIFFER) and not key.endswith(MAY_DIFFER_BELOW)}
     assert {"generator.dim", "teacher.dim", "video.latent_frames"} <= changed
     assert check_layout(tiny, 2) == check_layout(recipe, ranks_of(path, None))
+
+
+def test_stages_keep_their_own_overrides_at_the_twins_sizes(tmp_path: Path) -> None:
+    own = "stages.frame_distil.overrides=[video.frames_per_segment=1,rollout.window_frames=4,foresight.start_cycle=5]"
+    recipe = load(TINY, [own])
+    tiny = load(shrink.write(recipe, 2, tmp_path / "twin") / "recipe.yaml")
+    found = tiny.recipe.stages["frame_distil"].overrides
+    assert found == ["video.frames_per_segment=1", "rollout.window_frames=2", "foresight.start_cycle=1"]
+    assert tiny.of_stage("frame_distil_ode").recipe.rollout.first_steps == [1000, 750, 500, 250]
+    assert tiny.of_stage("frame_distil_ode").recipe.rollout.steps == [1000, 500]
+    assert tiny.recipe.video.latent_frames == 6 and tiny.recipe.video.frames_per_segment == 2  # whole segments of both
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -83,6 +98,12 @@ def test_a_twin_is_small() -> None:
         assert tiny.video.latent_height * tiny.video.latent_width <= 24 and tiny.teacher.dim <= 60
         assert all(stage.cycles == 2 for stage in tiny.stages.values())
         assert tiny.checkpoint.every_cycles == 1
+
+
+def test_a_twin_runs_where_the_recipe_s_attention_may_not() -> None:
+    recipe, tiny = small(CHUNKWISE, "parallel.attention=cudnn", "parallel.segment_attention=flex")
+    assert (recipe.parallel.attention, recipe.parallel.segment_attention) == ("cudnn", "flex")
+    assert (tiny.parallel.attention, tiny.parallel.segment_attention) == ("auto", "auto")
 
 
 def test_what_begins_late_begins_between_the_two_cycles() -> None:
@@ -239,6 +260,18 @@ def test_a_folder_that_mirai_import_has_made(tmp_path: Path, kind: str) -> None:
     assert file.layout == "wan" and file.kind == start.kind == (kind or start.kind)
 
 
+def test_latents_are_a_store_with_embeddings(tmp_path: Path) -> None:
+    out = shrink.write(load(CHAIN), 64, tmp_path / "twin")
+    recipe = load(out / "recipe.yaml").recipe
+    store = LatentStore(recipe.data.latents)
+    video = recipe.video
+    assert store.shape == (video.latent_frames, video.channels, video.latent_height, video.latent_width)
+    assert not list(store.verify()) and store.size == 16
+    own = EmbeddingStore(store.path / EMBEDDINGS, recipe.text.length, store.prompts, recipe.text.dim)
+    own.verify()
+    assert own.size == 16
+
+
 def test_a_vae_folder_stays_a_folder(tmp_path: Path) -> None:
     out = shrink.write(load(CHUNKWISE, ["vae.path=vae", "weights.base.path=base.pt"]), 8, tmp_path / "twin")
     assert (out / "vae/config.json").exists() and (out / "weights/base.pt").exists()
@@ -278,7 +311,7 @@ def test_the_command_says_what_to_do_next(tmp_path: Path, capsys: pytest.Capture
         ([str(CHUNKWISE), "--ranks", "0"], "0 ranks cannot train anything"),
         ([str(CHUNKWISE), "foresight.wieght=1"], "did you mean foresight.weight?"),
         ([str(CHUNKWISE), "text.encoder=umt5"], "shrink with text.encoder=store"),
-        ([str(CHUNKWISE), "data.latents=x"], "data.latents has no tiny twin"),
+        ([str(CHAIN), "stages.few_step.trajectories=0", "data.ode_pairs=x"], "data.ode_pairs has no tiny twin"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing(

@@ -18,7 +18,7 @@ from mirai_dist.method.stage_two_foresight import (
     stage_two_loss,
 )
 from mirai_dist.models.predictor import Predictor
-from mirai_dist.models.wan import Capture
+from mirai_dist.models.wan import Capture, Clean
 from tests.tiny_wan import SHAPE, fill, generator, gradients, latents, prompts, wan
 
 PAPER, RELEASE = PRESETS["paper"], PRESETS["release"]
@@ -157,7 +157,7 @@ def test_one_pass_of_the_student_serves_both_losses(fusion: str) -> None:
     states = torch.stack([latents(20 + i, 1, 6) for i in range(4)], dim=1)
 
     def forced(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        output = student(latent, timesteps, text, clean=clean, segment_frames=clip.frames, capture=Capture(2))
+        output = student(latent, timesteps, text, clean=Clean(clean), segment_frames=clip.frames, capture=Capture(2))
         return output.velocity, output.hidden
 
     _, hidden = ode_loss(forced, OdePairs(states, (1000.0, 833.0)), torch.tensor([1]), prompts(2, 1))

@@ -16,6 +16,7 @@ from mirai_dist.method.teacher_forcing import (
     noised_context_loss,
     teacher_forcing_loss,
 )
+from mirai_dist.models.wan import Clean
 from tests.tiny_wan import latents, prompts, wan
 
 SHAPE = (2, 4, 3, 2, 2)
@@ -98,11 +99,11 @@ def test_a_past_that_is_not_noised_is_teacher_forcing_to_the_bit() -> None:
     text = prompts(3, 2)
 
     def forced(latent: Tensor, timesteps: Tensor, text: Tensor, clean: Tensor) -> Tensor:
-        return network(latent, timesteps, text, clean=clean, segment_frames=2).velocity
+        return network(latent, timesteps, text, clean=Clean(clean), segment_frames=2).velocity
 
     def noised(latent: Tensor, timesteps: Tensor, text: Tensor, context: Tensor, context_timesteps: Tensor) -> Tensor:
-        options = {"clean": context, "clean_timesteps": context_timesteps}
-        return network(latent, timesteps, text, segment_frames=2, **options).velocity
+        past = Clean(context, context_timesteps)
+        return network(latent, timesteps, text, clean=past, segment_frames=2).velocity
 
     def loss(levels: Tensor) -> float:
         return noised_context_loss(noised, video, noise, Levels(TIMESTEPS, levels), text, 5.0).item()

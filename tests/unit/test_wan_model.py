@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mirai_dist.config import load
 from mirai_dist.cycle.roles import wan_shape
-from mirai_dist.models.wan import Capture, History, WanModel, WanOutput, WanShape
+from mirai_dist.models.wan import Capture, Clean, History, WanModel, WanOutput, WanShape
 from mirai_dist.models.wan.model import initialise, timestep_sinusoid
 from mirai_dist.parallel.recompute import recompute
 from tests.tiny_wan import (
@@ -186,7 +186,7 @@ def test_compute_dtype_is_that_of_the_parameters() -> None:
 # --- what sees what ------------------------------------------------------------------------------------------
 
 
-def velocity(network: WanModel, video: Tensor, timesteps: Tensor, **options: Tensor | int) -> Tensor:
+def velocity(network: WanModel, video: Tensor, timesteps: Tensor, **options: Tensor | int | Clean) -> Tensor:
     return network(video, timesteps, prompts(2, video.shape[0]), **options).velocity
 
 
@@ -229,8 +229,8 @@ def test_teacher_forcing_sees_clean_past_and_own_noise(segment_frames: int) -> N
         if noisy_frame is not None:
             other_noisy[:, noisy_frame] += 1
         options = {"segment_frames": segment_frames}
-        before = velocity(network, noisy, timesteps, clean=clean, **options)
-        after = velocity(network, other_noisy, timesteps, clean=other_clean, **options)
+        before = velocity(network, noisy, timesteps, clean=Clean(clean), **options)
+        after = velocity(network, other_noisy, timesteps, clean=Clean(other_clean), **options)
         return [not torch.equal(before[:, f], after[:, f]) for f in range(4)]
 
     segment = [f // segment_frames for f in range(4)]
@@ -289,7 +289,8 @@ def assert_same_pass(output: WanOutput, loop: tuple[Tensor, Tensor]) -> None:
 def test_the_teacher_forced_forward_equals_the_cached_loop(segment_frames: int) -> None:
     network, clean, noisy = wan(), latents(1, 2, 6), latents(3, 2, 6)
     timesteps = drawn_timesteps(0, segment_frames)
-    masked = network(noisy, timesteps, prompts(2, 2), clean=clean, segment_frames=segment_frames, capture=Capture(2))
+    options = {"segment_frames": segment_frames, "capture": Capture(2)}
+    masked = network(noisy, timesteps, prompts(2, 2), clean=Clean(clean), **options)
     given = (clean, torch.zeros_like(timesteps))
     assert_same_pass(masked, cached_loop(network, Inputs(noisy, timesteps, given), segment_frames))
 
@@ -301,9 +302,9 @@ def test_a_noised_past_equals_the_cached_loop_over_that_past(segment_frames: int
     network, past, noisy = wan(), latents(1, 2, 6), latents(3, 2, 6)
     timesteps, levels = drawn_timesteps(0, segment_frames), drawn_timesteps(5, segment_frames, highest=200.0)
     text, options = prompts(2, 2), {"segment_frames": segment_frames, "capture": Capture(2)}
-    masked = network(noisy, timesteps, text, clean=past, clean_timesteps=levels, **options)
+    masked = network(noisy, timesteps, text, clean=Clean(past, levels), **options)
     assert_same_pass(masked, cached_loop(network, Inputs(noisy, timesteps, (past, levels)), segment_frames))
-    plain = network(noisy, timesteps, text, clean=past, **options).velocity
+    plain = network(noisy, timesteps, text, clean=Clean(past), **options).velocity
     differs = (masked.velocity - plain).abs().amax(dim=(0, 2, 3, 4)) > 1e-4
     assert differs.tolist() == [False] * segment_frames + [True] * (6 - segment_frames)  # the first one has no past
 
@@ -311,19 +312,13 @@ def test_a_noised_past_equals_the_cached_loop_over_that_past(segment_frames: int
 @torch.no_grad()
 def test_a_past_at_timestep_zero_changes_no_bit() -> None:
     network, clean, noisy, text = wan(), latents(1, 2, 6), latents(3, 2, 6), prompts(2, 2)
-    at, options = drawn_timesteps(0, 2), {"clean": clean, "segment_frames": 2}
-    plain = network(noisy, at, text, **options).velocity
-    assert torch.equal(network(noisy, at, text, clean_timesteps=torch.zeros(2, 6), **options).velocity, plain)
-    each = network(noisy, at, text, clean_timesteps=torch.full((2, 6), 20.0), **options).velocity
-    one = network(noisy, at, text, clean_timesteps=torch.full((2,), 20.0), **options).velocity
+    at = drawn_timesteps(0, 2)
+    plain, zero, each, one = (
+        network(noisy, at, text, clean=Clean(clean, levels), segment_frames=2).velocity
+        for levels in (None, torch.zeros(2, 6), torch.full((2, 6), 20.0), torch.full((2,), 20.0)))
+    assert torch.equal(zero, plain)
     torch.testing.assert_close(one, each, rtol=0, atol=1e-12)  # a timestep a sample is that of all its frames
     assert (one - plain).abs().max() > 1e-4
-
-
-@torch.no_grad()
-def test_timesteps_of_a_clean_half_that_is_not_there_are_refused() -> None:
-    with pytest.raises(ValueError, match="clean_timesteps"):
-        wan()(latents(1, 1, 2), torch.zeros(1, 2), prompts(2, 1), clean_timesteps=torch.zeros(1), segment_frames=1)
 
 
 @pytest.mark.parametrize("segment_frames", [1, 2, 3])
@@ -346,7 +341,7 @@ def test_training_in_one_pass_has_the_gradients_of_the_loop(forcing: str) -> Non
         output = one(noisy, timesteps, prompts(2, 2), segment_frames=2)
         inputs = Inputs(noisy, timesteps, None)
     else:
-        output = one(noisy, timesteps, prompts(2, 2), clean=past, clean_timesteps=levels, segment_frames=2)
+        output = one(noisy, timesteps, prompts(2, 2), clean=Clean(past, levels), segment_frames=2)
         inputs = Inputs(noisy, timesteps, (past, levels))
     goal = latents(7, 2, 6)
     (output.velocity - goal).square().mean().backward()

@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
             console.say(f"{label:<8}  {text}")
         return 0
     if arguments.ranks is not None:
+        for variant in resolved.variants():
+            check_layout(variant.recipe, arguments.ranks)
         for stage, count in check_layout(resolved.recipe, arguments.ranks).items():
             batch = resolved.recipe.stages[stage].batch
             split = f"{batch.global_size} = {arguments.ranks} ranks x {batch.micro_size} x {count} accumulated"

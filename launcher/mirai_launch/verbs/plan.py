@@ -12,7 +12,7 @@ from typing import Any
 
 from mirai_dist.config import RecipeError, Resolved, load
 from mirai_dist.plan import gpus, traffic
-from mirai_dist.plan.estimate import Cluster, Plan, StagePlan, arms_of, plan
+from mirai_dist.plan.estimate import Cluster, Plan, StagePlan, plan, variants_of
 from mirai_dist.plan.gpus import GIB
 from mirai_dist.plan.verdict import judged, refusal
 from mirai_launch import console
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _print_sweep(resolved, rows)
         return 0
-    found = judged(resolved.recipe, cluster, arms_of(resolved))
+    found = judged(resolved.recipe, cluster, variants_of(resolved))
     if arguments.json:
         console.say(json.dumps(as_dict(found), indent=1))
     else:
@@ -166,6 +166,10 @@ def _summary(found: Plan) -> list[tuple[str, str]]:
         rows.append((f"{stage.title} cycles", f"{runs}{stage.cycles}, {stage.micro_batches} micro-batches a rank"))
         if stage.seconds_a_cycle is not None:
             rows.append((f"{stage.title} s a cycle", f"{stage.seconds_a_cycle:.1f} (model, not measured)"))
+    for stage in found.stages:
+        if stage.preparing is not None:
+            made = f"{_si(stage.preparation.total)}FLOPs a rank, {stage.preparing.total / 3600:.2f} h"
+            rows.append((f"{stage.title} trajectories", f"{made} (model, not measured)"))
     rows.append(("start", f"{found.seconds_to_start:.0f} s"))
     rows.append(("a save", f"{found.seconds_a_save:.0f} s, {_gib(max(each.saved for each in found.stages))} GiB"))
     if found.seconds is not None:
@@ -179,7 +183,7 @@ def _summary(found: Plan) -> list[tuple[str, str]]:
 
 def sweep(resolved: Resolved, cluster: Cluster) -> Iterator[Plan | dict[str, Any]]:
     """Plans over numbers of nodes and mesh shapes; where a shape cannot be, which and why."""
-    recipe, arms = resolved.recipe, arms_of(resolved)
+    recipe, variants = resolved.recipe, variants_of(resolved)
     for nodes in nodes_up_to(cluster.nodes):
         place = replace(cluster, nodes=nodes)
         for replicas in shapes_of(place):
@@ -188,7 +192,7 @@ def sweep(resolved: Resolved, cluster: Cluster) -> Iterator[Plan | dict[str, Any
                 return replace(each, parallel=replace(each.parallel, replicas=replicas))
 
             try:
-                yield plan(laid_out(recipe), place, {name: laid_out(arm) for name, arm in arms.items()})
+                yield plan(laid_out(recipe), place, {key: laid_out(own) for key, own in variants.items()})
             except RecipeError as error:
                 yield {"nodes": nodes, "replicas": replicas, "refused": error.what}
                 break  # another mesh of the same ranks splits no batch either
@@ -298,6 +302,7 @@ def _stage_as_dict(stage: StagePlan, cluster: Cluster) -> dict[str, Any]:
         "seconds_a_cycle": stage.seconds_a_cycle,
         "checkpoint_bytes": stage.saved,
         "trajectories_flops": stage.preparation.total,
+        "trajectories_seconds": stage.preparing.total if stage.preparing else None,
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mirai_dist.config import files, load, rundir
 from mirai_dist.config.rules import check_layout
+from mirai_dist.config.steps import chosen
 from mirai_dist.plan.host import here
 from mirai_dist.plan.verdict import refuse_over
 from mirai_launch import local
@@ -19,6 +20,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=_ranks, help="ranks on this machine (default: one a GPU, else 2)")
     parser.add_argument("--run-dir", type=Path, help="where everything is written (default: runs/<name>)")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--only",
+        metavar="STEP",
+        action="append",
+        default=[],
+        help="do this step alone, or several, comma-separated: STAGE.gate, STAGE, report (default: what is not done)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,18 +40,21 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
 
     Ranks that a launcher has started already check for themselves, and tell once what each of them would tell here.
     """
-    resolved, recipe, run_dir = None, None, arguments.run_dir
+    resolved, run_dir = None, arguments.run_dir
     if run_dir is None or local.started_ranks(os.environ) is None:
         resolved = load(arguments.recipe, arguments.overrides)
-        recipe = resolved.recipe
-        files.check(recipe, resolved.origins)
-        run_dir = run_dir or rundir.default(recipe)
-    request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, tuple(arguments.overrides))
+        for variant in resolved.variants():
+            files.check(variant.recipe, variant.origins)
+        chosen(resolved.recipe, arguments.only)
+        run_dir = run_dir or rundir.default(resolved.recipe)
+    words = tuple(arguments.overrides), tuple(arguments.only)
+    request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, *words)
     gpus = local.visible_gpus(os.environ)
     launch = local.prepare(request, os.environ, gpus)
-    if resolved is not None and recipe is not None:
-        check_layout(recipe, launch.ranks)
-        rundir.check(run_dir, recipe, arguments.resume)
+    if resolved is not None:
+        for variant in resolved.variants():
+            check_layout(variant.recipe, launch.ranks)
+        rundir.check(run_dir, resolved.recipe, arguments.resume)
         if local.started_ranks(os.environ) is None:
             refuse_over(resolved, here(launch.ranks, gpus > 0))
     return launch

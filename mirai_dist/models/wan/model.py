@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mirai_dist.attention.patterns import Full, Pattern, SegmentCausal, TeacherForced
+from mirai_dist.attention.patterns import TORCH, Backends, Pattern
 from mirai_dist.models.wan.keys import PATCH, WanShape
 from mirai_dist.models.wan.kv_cache import KeysValues
 from mirai_dist.models.wan.rope import rotary_table, rotate
@@ -38,6 +38,16 @@ class History(NamedTuple):
     keys_values: KeysValues | None = None
     text_keys_values: KeysValues | None = None
     first_frame: int = 0
+
+
+class Clean(NamedTuple):
+    """The clean half of the doubled sequence of teacher forcing.
+
+    latents: [B, F, C, H, W]. timesteps: [B] or [B, F], what they were noised to; None if they were not.
+    """
+
+    latents: Tensor
+    timesteps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,9 @@ class BlockInputs(NamedTuple):
 class WanBlock(nn.Module):
     """One transformer block. Pure: it returns its keys and values and writes nothing, so it may be recomputed."""
 
-    def __init__(self, shape: WanShape) -> None:
+    def __init__(self, shape: WanShape, dense: Pattern) -> None:
         super().__init__()
+        self.dense = dense
         self.modulation = nn.Parameter(torch.randn(1, 6, shape.dim) / shape.dim**0.5)
         self.self_attn = Attention(shape.dim, shape.heads)
         self.norm3 = nn.LayerNorm(shape.dim, eps=EPS)
@@ -137,7 +148,7 @@ class WanBlock(nn.Module):
         x = x + per_frame(self.self_attn.output(inputs.pattern(queries, *seen)), gate_a)
         if text_keys_values is None:
             text_keys_values = self.cross_attn.keys_values(inputs.text)
-        attended = Full()(self.cross_attn.queries(self.norm3(x)), *text_keys_values)
+        attended = self.dense(self.cross_attn.queries(self.norm3(x)), *text_keys_values)
         x = x + self.cross_attn.output(attended)
         x = x + per_frame(self.ffn(modulate(layer_norm(x), shift_f, scale_f)), gate_f)
         return x, (keys, values), text_keys_values
@@ -176,11 +187,11 @@ def timestep_sinusoid(timesteps: Tensor, width: int) -> Tensor:
 
 
 class WanModel(nn.Module):
-    """The DiT. Predicts velocity v = noise - x0."""
+    """The DiT. Predicts velocity v = noise - x0. `backends`: what its attention is computed by."""
 
-    def __init__(self, shape: WanShape) -> None:
+    def __init__(self, shape: WanShape, backends: Backends = TORCH) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.backends = shape, backends
         dim = shape.dim
         self.patch_embedding = nn.Conv3d(shape.channels, dim, kernel_size=PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(
@@ -188,7 +199,7 @@ class WanModel(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(WanBlock(shape) for _ in range(shape.blocks))
+        self.blocks = nn.ModuleList(WanBlock(shape, backends.dense) for _ in range(shape.blocks))
         self.head = Head(shape)
 
     def forward(
@@ -197,8 +208,7 @@ class WanModel(nn.Module):
         timesteps: Tensor,
         text: Tensor,
         *,
-        clean: Tensor | None = None,
-        clean_timesteps: Tensor | None = None,
+        clean: Clean | None = None,
         segment_frames: int = 0,
         history: History | None = None,
         capture: Capture = Capture(),
@@ -207,8 +217,7 @@ class WanModel(nn.Module):
 
         latent: [B, F, C, H, W]. timesteps: [B], or [B, F] for causal use; units 0..1000, may be fractional.
         text: [B, length, text_dim], zeros past the prompt; every position is attended (Wan has no text mask).
-        clean: clean latents [B, F, C, H, W] for teacher forcing: the sequence becomes [clean at t=0 | latent].
-        clean_timesteps: [B] or [B, F], what the clean half was noised to, if it was.
+        clean: for teacher forcing: the sequence becomes [clean at t=0, or at its own timesteps | latent].
         segment_frames: 0 is bidirectional; else tokens see their own segment and earlier ones (diffusion forcing,
         where timesteps differ between segments).
         history: cached causal use; the sequence is one segment that sees itself and all of the history.
@@ -219,18 +228,17 @@ class WanModel(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         rotary = rotary_table(grid, first_frame, self.shape.dim // self.shape.heads, latent.device, wide)
         segment_tokens = segment_frames * grid[1] * grid[2]
-        pattern: Pattern = SegmentCausal(segment_tokens) if segment_frames else Full()
+        segments = self.backends.segments
+        pattern = segments.causal(segment_tokens) if segment_frames else self.backends.dense
         noisy_time = time = self._embed_time(timesteps, dtype)
         if clean is not None:
-            tokens = torch.cat((self._embed_patches(clean)[0], tokens), dim=1)
+            tokens = torch.cat((self._embed_patches(clean.latents)[0], tokens), dim=1)
             rotary = (rotary[0].repeat(2, 1), rotary[1].repeat(2, 1))
-            pattern = TeacherForced(segment_tokens)
+            pattern = segments.teacher_forced(segment_tokens)
             noisy_time = time.expand(-1, grid[0], -1)
-            clean_timesteps = torch.zeros_like(timesteps) if clean_timesteps is None else clean_timesteps
-            clean_time = self._embed_time(clean_timesteps, dtype).expand_as(noisy_time)
+            levels = torch.zeros_like(timesteps) if clean.timesteps is None else clean.timesteps
+            clean_time = self._embed_time(levels, dtype).expand_as(noisy_time)
             time = torch.cat((clean_time, noisy_time), dim=1)
-        elif clean_timesteps is not None:
-            raise ValueError("clean_timesteps without clean latents")
         text_cached = history is not None and history.text_keys_values is not None
         inputs = BlockInputs(
             self.time_projection(time).unflatten(-1, (6, -1)),

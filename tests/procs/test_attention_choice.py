@@ -1,0 +1,75 @@
+"""Networks attend with what the recipe names, on all ranks, and effective.yaml tells it."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from mirai_dist.attention import sdpa
+from mirai_dist.attention.patterns import TORCH, Backends, BySegment
+from mirai_dist.attention.select import Choice
+from mirai_dist.config import RecipeError, load
+from mirai_dist.cycle import attending
+from mirai_dist.cycle.effective import effective
+from mirai_dist.cycle.roles import Role
+from tests.procs import tiny
+
+
+def test_every_network_of_a_run_attends_with_what_the_recipe_names(threads) -> None:
+    recipe = tiny.recipe("parallel.attention=sdpa-flash")
+
+    def body(rank: int) -> None:
+        stage = tiny.stage_of(recipe, "distil")
+        networks = {role.name: role.network for role in vars(stage).values() if isinstance(role, Role)}
+        assert networks.keys() == {"generator", "critic", "teacher", "predictor"}
+        for name, network in networks.items():
+            found = [module.dense for module in network.modules() if hasattr(module, "dense")]
+            blocks = list(network.get_submodule("blocks").children())
+            assert found == [sdpa.FLASH] * len(blocks), name
+        for name in ("generator", "critic", "teacher"):
+            assert networks[name].backends == Backends(sdpa.FLASH, BySegment(sdpa.FLASH))
+
+    with tiny.lively():
+        threads(1)(body)
+    told = effective(load(tiny.RECIPE, ("parallel.attention=sdpa-flash",)), 1, "cpu")["attention"]
+    assert told == {"dense": "sdpa-flash", "segments": "dense calls, segment by segment", "refused": {}}
+
+
+def refusals(threads, recipe) -> list[str]:
+    def body(rank: int) -> str:
+        try:
+            attending.check_attention(recipe, tiny.CPU)
+        except RecipeError as error:
+            return str(error)
+        return ""
+
+    return threads(3)(body)
+
+
+def test_ranks_of_equal_machines_agree(threads) -> None:
+    assert refusals(threads, tiny.recipe()) == [""] * 3
+    (said,) = set(refusals(threads, tiny.recipe("parallel.attention=xformers")))
+    assert said.startswith("parallel.attention: xformers cannot be used here (xformers: needs a CUDA device)")
+
+
+def test_a_rank_that_would_compute_otherwise_stops_all(threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_of(recipe, device) -> Choice:
+        return Choice(TORCH, "flash-2" if dist.get_rank() == 2 else "cudnn", "dense", ())
+
+    monkeypatch.setattr(attending, "attention_of", attention_of)
+    (said,) = set(refusals(threads, tiny.recipe()))
+    assert said == (
+        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn and segment_attention dense, rank 2 "
+        "has attention flash-2 and segment_attention dense; name what all have, here and in segment_attention"
+    )
+
+
+def test_a_rank_without_what_was_named_stops_all(threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_of(recipe, device) -> Choice:
+        if dist.get_rank() == 1:
+            raise RecipeError("parallel.attention", "flash cannot be used here")
+        return Choice(TORCH, "flash-2", "dense", ())
+
+    monkeypatch.setattr(attending, "attention_of", attention_of)
+    (said,) = set(refusals(threads, tiny.recipe()))
+    assert "rank 1 has parallel.attention: flash cannot be used here" in said
