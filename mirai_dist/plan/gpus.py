@@ -51,8 +51,8 @@ class Gpu:
 OLDER = ("sdpa", "sdpa-flash", "sdpa-efficient", "xformers")  # on Hopper and later: FlashAttention-2, or less
 
 # Attention as parallel.attention=auto takes it (attention/select.py). Ampere: FlashAttention-2, 190-230 of 312 TF/s
-# (its paper). Hopper without further packages: cuDNN, 618 and 533 of 989 TF/s at 32k tokens and heads of 128; torch's own
-# choice, FlashAttention-2, 376 and 335 (MagiAttention's kernel charts). Products on Hopper: 680 of 989 TF/s.
+# (its paper). Hopper without further packages: cuDNN, 618 and 533 of 989 TF/s at 32k tokens and heads of 128; torch's
+# own choice, FlashAttention-2, 376 and 335 (MagiAttention's kernel charts). Products on Hopper: 680 of 989 TF/s.
 _AMPERE = Efficiency(dense=0.75, attention=0.62, attention_backward=0.55)
 _HOPPER = Efficiency(dense=0.69, attention=0.62, attention_backward=0.54)
 _FLASH_2 = (0.38, 0.34)

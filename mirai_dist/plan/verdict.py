@@ -1,13 +1,15 @@
 """Does a run fit, and if not: the smallest change that makes it.
 
-Changes are tried from the one that costs least to the one that costs most, each alone, then one on top of the other.
-What a change costs is in its text. A change that the recipe's rules refuse is not tried.
+Changes are tried from the one that costs least to the one that costs most, each alone, then one on top of the other,
+of which those are left out again that the rest makes needless. A number of ranks that cannot share the batches is
+passed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from mirai_dist.config import Resolved
@@ -20,13 +22,36 @@ MOST_NODES = 64  # times as many as asked for
 
 
 @dataclass(frozen=True)
-class Change:
-    """One thing to change: as the user writes it, what it costs, and the recipes and cluster it leads to."""
+class Place:
+    """A recipe as its stages and arms see it, and where it runs."""
 
-    text: str
-    cost: str
+    recipe: Recipe
     variants: Variants
     cluster: Cluster
+
+    def planned(self) -> Plan | None:
+        """The plan; None where ranks and batches do not go together."""
+        first = next(iter(self.variants.values()))
+        shared = replace(self.recipe, parallel=first.parallel, stages=first.stages)
+        try:
+            return plan(shared, self.cluster, self.variants)
+        except RecipeError:
+            return None
+
+    @property
+    def fits(self) -> bool:
+        found = self.planned()
+        return found is not None and found.fits is True
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change, as the user writes it, and what it costs. key: of two changes with one, the later counts."""
+
+    key: str
+    text: str
+    cost: str
+    made: Callable[[Place], Place]
 
 
 def judged(recipe: Recipe, cluster: Cluster, variants: Variants | None = None) -> Plan:
@@ -72,87 +97,93 @@ def refuse_over(resolved: Resolved, cluster: Cluster) -> Plan:
 
 def smallest_change(recipe: Recipe, cluster: Cluster, variants: Variants) -> str:
     """What to change, in words; "" where nothing tried is enough."""
-    for change in _changes(variants, cluster):
-        if _fits(recipe, change):
+    start = Place(recipe, variants, cluster)
+    for change in _changes(start):
+        if change.made(start).fits:
             return f"{change.text} ({change.cost})"
-    texts: list[str] = []
-    now, place = variants, cluster
+    chosen = _several(start)
+    for change in chosen:  # what a later one made needless
+        fewer = [each for each in chosen if each is not change]
+        if _all(fewer, start).fits:
+            chosen = fewer
+    return " ".join(change.text for change in chosen)
+
+
+def _several(start: Place) -> list[Change]:
+    """Changes one on top of the other until it fits; none where it never does."""
+    together: dict[str, Change] = {}
     tried: set[str] = set()
-    while (change := next((each for each in _changes(now, place) if _key(each) not in tried), None)) is not None:
-        tried.add(_key(change))
-        if plan_or_none(recipe, change) is None:
+    now = start
+    while change := next((each for each in _changes(now) if each.text not in tried), None):
+        tried.add(change.text)
+        changed = change.made(now)
+        if changed.planned() is None:
             continue
-        texts = [text for text in texts if text.partition("=")[0] != change.text.partition("=")[0]] + [change.text]
-        now, place = change.variants, change.cluster
-        if _fits(recipe, change):
-            return " ".join(texts)
-    return ""
+        now, together[change.key] = changed, change
+        if now.fits:
+            return list(together.values())
+    return []
 
 
-def plan_or_none(recipe: Recipe, change: Change) -> Plan | None:
-    """The plan after a change; None where ranks and batches do not go together then."""
-    first = next(iter(change.variants.values()))
-    shared = replace(recipe, parallel=first.parallel, stages=first.stages)
-    try:
-        return plan(shared, change.cluster, change.variants)
-    except RecipeError:
-        return None
+def _all(changes: list[Change], start: Place) -> Place:
+    return reduce(lambda place, change: change.made(place), changes, start)
 
 
-def _fits(recipe: Recipe, change: Change) -> bool:
-    found = plan_or_none(recipe, change)
-    return found is not None and found.fits is True
-
-
-def _key(change: Change) -> str:
-    # one key may be lowered again and again, each time to another value
-    return change.text
-
-
-def _changes(variants: Variants, cluster: Cluster) -> Iterator[Change]:
+def _changes(place: Place) -> Iterator[Change]:
     """Single changes, the cheapest first."""
-    first = next(iter(variants.values()))
+    first, cluster = next(iter(place.variants.values())), place.cluster
     parallel = first.parallel
-
-    def section(text: str, cost: str, **keys: Any) -> Change:
-        own = {name: replace(each, parallel=replace(each.parallel, **keys)) for name, each in variants.items()}
-        return Change(text, cost, own, cluster)
-
     if not parallel.reshard_after_forward:
-        yield section(
-            "parallel.reshard_after_forward=true", "a gather for each forward", reshard_after_forward=True
-        )
+        yield _parallel("reshard_after_forward", True, "a gather for each forward")
     if parallel.unit == "network":
-        yield section("parallel.unit=block", "a gather for each block", unit="block")
+        yield _parallel("unit", "block", "a gather for each block")
     if parallel.recompute == "none":
-        yield section("parallel.recompute=block", "blocks run once more in backward", recompute="block")
+        yield _parallel("recompute", "block", "blocks run once more in backward")
     batches = [stage.batch for stage in first.stages.values()]
     accumulates = any(batch.global_size > cluster.ranks * batch.micro_size for batch in batches)
     if accumulates and not parallel.sync_every_micro_batch:
-        yield section(
-            "parallel.sync_every_micro_batch=true", "a reduction for each micro-batch", sync_every_micro_batch=True
-        )
-    yield from _smaller_batches(variants, cluster)
-    for replicas in range(parallel.replicas - 1, 0, -1):
-        if cluster.ranks % replicas == 0:
-            yield section(f"parallel.replicas={replicas}", "gathers across nodes", replicas=replicas)
-    factor = 2
-    while factor <= MOST_NODES:
-        more = replace(cluster, nodes=cluster.nodes * factor)
-        yield Change(f"--nodes {more.nodes}", f"{more.ranks} ranks", variants, more)
-        factor *= 2
-
-
-def _smaller_batches(variants: Variants, cluster: Cluster) -> Iterator[Change]:
-    first = next(iter(variants.values()))
+        yield _parallel("sync_every_micro_batch", True, "a reduction for each micro-batch")
     for name, stage in first.stages.items():
         size = stage.batch.micro_size
         for smaller in (each for each in range(size - 1, 0, -1) if size % each == 0):
+            yield _micro_batch(name, smaller)
+    for replicas in range(parallel.replicas - 1, 0, -1):
+        if cluster.ranks % replicas == 0:
+            yield _parallel("replicas", replicas, "gathers between nodes")
+    for nodes in (cluster.nodes << power for power in range(1, MOST_NODES.bit_length())):
+        yield _nodes(nodes, nodes * cluster.gpus_per_node)
 
-            def with_batch(recipe: Recipe, name: str = name, smaller: int = smaller) -> Recipe:
-                own = recipe.stages[name]
-                stages = {**recipe.stages, name: replace(own, batch=replace(own.batch, micro_size=smaller))}
-                return replace(recipe, stages=stages)
 
-            changed = {arm: with_batch(recipe) for arm, recipe in variants.items()}
-            yield Change(f"stages.{name}.batch.micro_size={smaller}", "more micro-batches", changed, cluster)
+def _on_every(place: Place, changed: Callable[[Recipe], Recipe]) -> Place:
+    return replace(place, variants={key: changed(recipe) for key, recipe in place.variants.items()})
+
+
+def _parallel(name: str, value: Any, cost: str) -> Change:
+    """Another value of a key of the section parallel."""
+
+    def changed(recipe: Recipe) -> Recipe:
+        return replace(recipe, parallel=replace(recipe.parallel, **{name: value}))
+
+    written = str(value).lower() if isinstance(value, bool) else value
+    return Change(name, f"parallel.{name}={written}", cost, lambda place: _on_every(place, changed))
+
+
+def _micro_batch(name: str, size: int) -> Change:
+    """Fewer samples at once in a stage."""
+
+    def changed(recipe: Recipe) -> Recipe:
+        stage = recipe.stages[name]
+        smaller = replace(stage, batch=replace(stage.batch, micro_size=size))
+        return replace(recipe, stages={**recipe.stages, name: smaller})
+
+    text = f"stages.{name}.batch.micro_size={size}"
+    return Change(name, text, "more micro-batches", lambda place: _on_every(place, changed))
+
+
+def _nodes(nodes: int, ranks: int) -> Change:
+    """More nodes."""
+
+    def changed(place: Place) -> Place:
+        return replace(place, cluster=replace(place.cluster, nodes=nodes))
+
+    return Change("nodes", f"--nodes {nodes}", f"{ranks} ranks", changed)
