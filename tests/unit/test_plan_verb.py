@@ -13,7 +13,7 @@ import pytest
 
 from mirai_dist.config import RecipeError, load
 from mirai_dist.plan import gpus, host, passes, time, traffic
-from mirai_dist.plan.estimate import Cluster, plan
+from mirai_dist.plan.estimate import Cluster, plan, variants_of
 from mirai_dist.plan.gpus import GIB, GPUS
 from mirai_dist.plan.verdict import headline, judged, refuse_over
 from mirai_launch.__main__ import main
@@ -244,3 +244,20 @@ def test_no_torch_is_imported() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- stages and arms -------------------------------------------------------------------------------------------------
+
+
+def test_stages_and_arms_are_planned_as_they_see_the_recipe() -> None:
+    own = load(TINY, ["stages.ar_teacher.overrides=[parallel.recompute=block]", "parallel.over_memory=warn"])
+    plain, changed = (
+        {stage.title: stage for stage in plan(each.recipe, Cluster(1, 2), variants_of(each)).stages}
+        for each in (load(TINY), own)
+    )
+    assert plain.keys() == changed.keys() >= {"teacher", "ar_teacher", "few_step", "distil baseline"}
+    assert "predictor" not in plain["distil baseline"].parameters
+    assert "predictor" in plain["distil foresight"].parameters
+    assert changed["ar_teacher"].peak.total < plain["ar_teacher"].peak.total
+    assert changed["teacher"].peak == plain["teacher"].peak
+    assert plain["distil foresight"].runs == 3 and plain["teacher"].runs == 1
