@@ -125,7 +125,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes a rank needs: tensors, the allocator's part, and the process itself."""
-        return int(self.worst.peak.total * SLACK) + self.cluster.context
+        return _with_process(self.worst.peak.total, self.cluster)
 
     @property
     def headroom(self) -> int | None:
@@ -186,6 +186,18 @@ def plan(recipe: Recipe, cluster: Cluster, variants: Variants | None = None) -> 
     read = sum(2 * _published(recipe, name) for name in recipe.weights)
     assumed = tuple(_assumptions(recipe, cluster))
     return Plan(recipe.name, cluster, recipe.parallel.replicas, stages, saves, read, assumed)
+
+
+def needed(recipe: Recipe, stage: str, cluster: Cluster) -> int:
+    """Bytes that a rank needs in one stage: `Plan.peak`, without the rest of a plan. RecipeError as in `plan`."""
+    check_layout(recipe, cluster.ranks)
+    replicas = recipe.parallel.replicas
+    found = memory.moments(recipe, recipe.stages[stage], (replicas, cluster.ranks // replicas))
+    return _with_process(max(moment.total for moment in found), cluster)
+
+
+def _with_process(tensors: int, cluster: Cluster) -> int:
+    return int(tensors * SLACK) + cluster.context
 
 
 def variants_of(resolved: Resolved) -> dict[tuple[str, str], Recipe]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from mirai_dist.config import Resolved
 from mirai_dist.config.error import RecipeError
+from mirai_dist.config.rules import check_layout
 from mirai_dist.config.schema import Recipe
-from mirai_dist.plan.estimate import Cluster, Plan, Variants, plan, variants_of
+from mirai_dist.plan.estimate import Cluster, Plan, Variants, needed, plan, variants_of
 from mirai_dist.plan.gpus import GIB
 
 MOST_NODES = 64  # times as many as asked for
@@ -25,23 +26,24 @@ MOST_NODES = 64  # times as many as asked for
 class Place:
     """A recipe as its stages and arms see it, and where it runs."""
 
-    recipe: Recipe
     variants: Variants
     cluster: Cluster
 
-    def planned(self) -> Plan | None:
-        """The plan; None where ranks and batches do not go together."""
-        first = next(iter(self.variants.values()))
-        shared = replace(self.recipe, parallel=first.parallel, stages=first.stages)
+    @property
+    def possible(self) -> bool:
+        """Whether the ranks can share the batches of all stages."""
         try:
-            return plan(shared, self.cluster, self.variants)
+            for recipe in self.variants.values():
+                check_layout(recipe, self.cluster.ranks)
         except RecipeError:
-            return None
+            return False
+        return True
 
     @property
     def fits(self) -> bool:
-        found = self.planned()
-        return found is not None and found.fits is True
+        assert self.cluster.limit is not None
+        limit, cluster = self.cluster.limit, self.cluster
+        return self.possible and all(needed(own, name, cluster) <= limit for (name, _), own in self.variants.items())
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def judged(recipe: Recipe, cluster: Cluster, variants: Variants | None = None) -
     found = plan(recipe, cluster, variants)
     if found.fits is not False:
         return found
-    return replace(found, change=smallest_change(recipe, cluster, variants))
+    return replace(found, change=smallest_change(cluster, variants))
 
 
 def refusal(found: Plan) -> str:
@@ -95,9 +97,11 @@ def refuse_over(resolved: Resolved, cluster: Cluster) -> Plan:
     return found
 
 
-def smallest_change(recipe: Recipe, cluster: Cluster, variants: Variants) -> str:
+def smallest_change(cluster: Cluster, variants: Variants) -> str:
     """What to change, in words; "" where nothing tried is enough."""
-    start = Place(recipe, variants, cluster)
+    # what needs most comes first: where it does not fit, the others need no look
+    largest = sorted(variants.items(), key=lambda item: -needed(item[1], item[0][0], cluster))
+    start = Place(dict(largest), cluster)
     for change in _changes(start):
         if change.made(start).fits:
             return f"{change.text} ({change.cost})"
@@ -117,7 +121,7 @@ def _several(start: Place) -> list[Change]:
     while change := next((each for each in _changes(now) if each.text not in tried), None):
         tried.add(change.text)
         changed = change.made(now)
-        if changed.planned() is None:
+        if not changed.possible:
             continue
         now, together[change.key] = changed, change
         if now.fits:
