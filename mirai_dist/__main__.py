@@ -43,6 +43,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from mirai_dist.config.source import dump
     from mirai_dist.config.steps import REPORT, chosen
     from mirai_dist.cycle.attending import check_attention
+    from mirai_dist.cycle.budget import budget
     from mirai_dist.cycle.chain import run_chain
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     check_reportable(resolved.recipe)
     for variant in (*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)):
         check_attention(variant.recipe, ranks.device)
+    planned = budget(resolved, ranks)
     used = dump(effective(resolved, ranks.world_size, ranks.device.type))
     texts = {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used}
     claim(options, resolved.recipe, ranks, texts | ({preflight.RECORD: preflight.text(examined)} if examined else {}))
@@ -75,6 +77,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         if examined:
             console.say(f"pre-flight ({examined['seconds']} s): {examined['verdict']}: {examined['line']}")
         console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
+        console.say(planned)
         for line in used.splitlines():
             console.say(f"  {line}")
         place = Place(ranks, options.run_dir, console, stop, bootstrap.hosts(ranks))

@@ -15,6 +15,7 @@ from mirai_dist.commands.arguments import VERBS as DELEGATED
 # verb -> (module that holds `configure(parser)` and `run(arguments) -> int`, help)
 OWN = {
     "train": ("mirai_launch.verbs.train", "check a recipe, then train it on local ranks, under torchrun or under srun"),
+    "plan": ("mirai_launch.verbs.plan", "memory, FLOPs, traffic, seconds and GPU-hours of a run, before it is queued"),
     "submit": ("mirai_launch.verbs.submit", "queue a recipe on a SLURM cluster, as a batch script that you can read"),
     "doctor": ("mirai_launch.verbs.doctor", "look at this machine: software, GPUs, network, limits, storage"),
     "check": ("mirai_launch.verbs.check", "print the resolved recipe with the origin of every value"),

@@ -10,6 +10,8 @@ from mirai_dist.config import files, load, rundir
 from mirai_dist.config.cluster import PREFLIGHT, TRANSPORTS
 from mirai_dist.config.rules import check_layout
 from mirai_dist.config.steps import chosen
+from mirai_dist.plan.host import here
+from mirai_dist.plan.verdict import refuse_over
 from mirai_launch import local
 
 TRANSPORT_HELP = f"stop unless the ranks talk over it ({', '.join(TRANSPORTS)})"
@@ -60,11 +62,14 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
         overrides=tuple(arguments.overrides),
         only=tuple(arguments.only),
     )
-    launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
+    gpus = local.visible_gpus(os.environ)
+    launch = local.prepare(request, os.environ, gpus)
     if resolved is not None:
         for variant in resolved.variants():
             check_layout(variant.recipe, launch.ranks)
         rundir.check(run_dir, resolved.recipe, arguments.resume)
+        if local.started_ranks(os.environ) is None:
+            refuse_over(resolved, here(launch.ranks, gpus > 0))
     return launch
 
 
