@@ -26,6 +26,7 @@ LARGE = [
     *("generator.dim=48", "generator.ffn_dim=200", "generator.blocks=3"),
 ]
 RANKS = 2
+LEAST, MOST = 0.97, 1.10  # of the peak: too little ends in an error hours later, too much in a needless refusal
 
 
 class Nobody(nullcontext):
@@ -121,7 +122,7 @@ def test_the_peak_of_each_update(threads: Any, name: str, overrides: list[str]) 
     wanted = planned(recipe, name)
     assert wanted.keys() == found.keys()
     for position, peak in found.items():
-        assert wanted[position] == pytest.approx(peak, rel=0.10), position
+        assert LEAST * peak <= wanted[position] <= MOST * peak, position
 
 
 WAN_LIKE = [
@@ -146,7 +147,7 @@ def test_the_peak_on_a_gpu() -> None:
     wanted = planned(recipe, "distil", ranks=1)
     assert wanted.keys() == found.keys()
     for position, peak in found.items():
-        assert wanted[position] == pytest.approx(peak, rel=0.10), position
+        assert LEAST * peak <= wanted[position] <= MOST * peak, position
 
 
 def test_the_follower_sees_what_lives() -> None:

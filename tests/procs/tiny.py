@@ -116,7 +116,8 @@ def console(folder: Path) -> Console:
 def run_of(recipe: schema.Recipe, seed: int = SEED, stage: str = "distil", run_dir: Path = Path()) -> Run:
     """What stages share, on this rank of the present process group, made as the pipeline makes it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    place = Place(World(rank, rank, ranks, ranks, "here", CPU), run_dir, None, StopRequest())  # type: ignore[arg-type]
+    world = World(rank, rank, ranks, ranks, "here", CPU, store=None)  # type: ignore[arg-type]  # stages need none
+    place = Place(world, run_dir, None, StopRequest())  # type: ignore[arg-type]
     return make_run(Job(stage, "", Path(), recipe, seed), place)
 
 
