@@ -37,7 +37,8 @@ from mirai_dist.plan.shapes import BYTES, PATCH, frame_tokens, network_of, of_ro
 from mirai_dist.plan.traffic import Sharded
 
 WIDE = 4  # bytes of the dtype that norms, losses, masters and reductions are at least in
-LATENTS = 3  # copies of a batch of latents, in fp32, that losses and schedules hold at a time
+LATENTS = 5  # copies of a batch of latents, in fp32, that losses and schedules hold at a time
+ROLLED = 3  # the same where latents come from a rollout
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,14 @@ class _Ledger:
 
     def _latents(self, update: Update) -> dict[tuple[str, str], int]:
         video = self.recipe.video
-        frames = passes.rollout_frames(self.recipe) if self.stage.kind == "dmd" else video.latent_frames
+        dmd = self.stage.kind == "dmd"
+        frames, copies = (passes.rollout_frames(self.recipe), ROLLED) if dmd else (video.latent_frames, LATENTS)
         if update.name == "replay":
             return {}
         one = frames * video.channels * video.latent_height * video.latent_width * WIDE
         text = self.recipe.text.length * self.recipe.text.dim * WIDE
         batch = self.stage.batch.micro_size
-        return {("latents and text", "data"): batch * (LATENTS * one + text)}
+        return {("latents and text", "data"): batch * (copies * one + text)}
 
     # --- phases of an update -----------------------------------------------------------------------------------------
 
