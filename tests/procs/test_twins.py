@@ -28,9 +28,9 @@ from mirai_dist.config.schema import Recipe
 from mirai_dist.models.wan.keys import WanShape, shapes_of
 from mirai_dist.state import commit
 from mirai_dist.weights.files import open_weights
+from tests.shipped import SHIPPED
 
 REPOSITORY = Path(__file__).parents[2]
-SHIPPED = sorted(REPOSITORY.glob("recipes/[!b]*/*.yaml"))
 # Each of the others differs from one of these in a number of ranks, a length, or by having no foresight.
 OFTEN = ("video_mirai", "ode_framewise", "chunkwise-ode-8x8", "framewise-cd-8x8", "causal-forcing-chunkwise-mirai-1x8",
          "causal-forcing-framewise-mirai-8x8")
