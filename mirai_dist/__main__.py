@@ -8,13 +8,17 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from mirai_dist.runtime.guard import guarded
+from mirai_dist.operate import control
+from mirai_dist.runtime.guard import ending, environment_rank, guarded
+from mirai_dist.runtime.lookout import Lookout
+from mirai_dist.runtime.outlet import Outlet
 from mirai_dist.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
     from mirai_dist.config.schema import Recipe
+    from mirai_dist.cycle.pipeline import Place
     from mirai_dist.runtime.bootstrap import World
 
 
@@ -25,6 +29,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto: go on where a run stopped")
     parser.add_argument("--only", action="append", default=[], metavar="STEP", help="do these steps of the run alone")
+    parser.add_argument("--preflight", choices=("auto", "always", "never"), default="auto", help="auto: on many hosts")
+    parser.add_argument("--expect-transport", default="", help="what the ranks must talk over, such as ib,nvlink")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of recipe keys")
     return parser.parse_args(arguments)
 
@@ -32,46 +38,71 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Train the recipe on this rank and its peers. Returns the exit code."""
     from mirai_dist.config import files, load
-    from mirai_dist.config.digest import to_yaml
+    from mirai_dist.config.digest import digest, to_yaml
     from mirai_dist.config.rules import check_layout
     from mirai_dist.config.source import dump
     from mirai_dist.config.steps import REPORT, chosen
     from mirai_dist.cycle.attending import check_attention
+    from mirai_dist.cycle.budget import budget
     from mirai_dist.cycle.chain import run_chain
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
     from mirai_dist.cycle.pipeline import Place
     from mirai_dist.cycle.study import check_reportable, report
     from mirai_dist.observe.console import Console
-    from mirai_dist.runtime import bootstrap
+    from mirai_dist.runtime import bootstrap, preflight
 
     resolved = load(options.recipe, options.overrides)
     steps = chosen(resolved.recipe, options.only)
     ranks = bootstrap.start()
+    early = "before anything was trained; run the same command again"
+    with stop.raising(Stopped(f"stopped by a signal {early}")):
+        examined = examine(options, ranks)
     if stop.agreed():
-        raise Stopped(f"stopped by {stop.reason or 'a signal'} before anything was trained; run the same command again")
+        raise Stopped(f"stopped by {stop.reason or 'a signal'} {early}")
     for variant in resolved.variants():
         files.check(variant.recipe, variant.origins)
         check_layout(variant.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
     for variant in (*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)):
         check_attention(variant.recipe, ranks.device)
+    planned = budget(resolved, ranks)
     used = dump(effective(resolved, ranks.world_size, ranks.device.type))
-    claim(options, resolved.recipe, ranks, {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used})
+    texts = {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used}
+    claim(options, resolved.recipe, ranks, texts | ({preflight.RECORD: preflight.text(examined)} if examined else {}))
+    outlet = Outlet(options.run_dir, ranks.rank).redirect()
+    Lookout(options.run_dir, ranks.rank, ranks.host, outlet.bound).start()
     console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
     try:
+        if examined:
+            console.say(f"pre-flight ({examined['seconds']} s): {examined['verdict']}: {examined['line']}")
         console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
+        console.say(planned)
         for line in used.splitlines():
             console.say(f"  {line}")
-        place = Place(ranks, options.run_dir, console, stop)
-        run_chain(resolved, place, steps)
-        with stop.raising(Stopped("stopped before the report was written; run the same command to write it")):
-            if REPORT in steps or not options.only:
-                report(resolved, place)
+        place = Place(ranks, options.run_dir, console, stop, bootstrap.hosts(ranks))
+        with ending(options.run_dir, ranks.rank):
+            begin(place, digest(resolved.recipe), steps if options.only else [])
+            run_chain(resolved, place, steps)
+            with stop.raising(Stopped("stopped before the report was written; run the same command to write it")):
+                if REPORT in steps or not options.only:
+                    report(resolved, place)
+            drop_requests(place)
     finally:
         console.close()
     bootstrap.stop(ranks)
     return 0
+
+
+def examine(options: argparse.Namespace, ranks: World) -> dict[str, Any] | None:
+    """The pre-flight, where this run has one (runtime/preflight.py). None: it has not."""
+    from mirai_dist.runtime import preflight
+    from mirai_dist.runtime.examination import Plan
+
+    expected = preflight.transports(options.expect_transport)
+    if not expected and not preflight.due(options.preflight, ranks):
+        return None
+    return preflight.run(ranks, Plan(options.run_dir, os.environ, expected))
 
 
 def claim(options: argparse.Namespace, recipe: Recipe, ranks: World, texts: Mapping[str, str]) -> None:
@@ -87,6 +118,7 @@ def claim(options: argparse.Namespace, recipe: Recipe, ranks: World, texts: Mapp
     if ranks.rank == 0:
         try:
             rundir.check(options.run_dir, recipe, options.resume)
+            refuse_revival(options.run_dir)
             options.run_dir.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
                 beside = options.run_dir / f"{name}.new"
@@ -101,10 +133,50 @@ def claim(options: argparse.Namespace, recipe: Recipe, ranks: World, texts: Mapp
         raise RecipeError(*refusal[0])
 
 
+def refuse_revival(run_dir: Path) -> None:
+    """RecipeError where the scheduler starts a job again by itself that an operator has stopped."""
+    from mirai_dist.config import RecipeError
+
+    held = control.held(run_dir)
+    if held and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        raise RecipeError(str(run_dir), f"was {held} and is not revived; mirai requeue {run_dir} lets it go on")
+
+
+def begin(place: Place, recipe: str, steps: list[str]) -> None:
+    """Say that the run has started, and drop what was asked of an earlier start of it. steps: where not all are."""
+    from mirai_dist.cycle.account import commit_of_code
+
+    if place.ranks.rank != 0:
+        return
+    control.release(place.run_dir)
+    drop_requests(place)
+    place.events.write(
+        "start",
+        ranks=place.ranks.world_size,
+        hosts=list(dict.fromkeys(place.hosts)),
+        device=place.ranks.device.type,
+        commit=commit_of_code(),
+        recipe=recipe,
+        steps=steps,
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        host=place.ranks.host,
+        pid=os.getpid(),
+    )
+
+
+def drop_requests(place: Place) -> None:
+    """Answer what nobody obeyed: it was asked of an earlier start, or of a run that has come to its end."""
+    if place.ranks.rank == 0:
+        for request in control.open_for(place.run_dir):
+            place.events.write("answered", **request.answer("dropped: this start of the run is over"))
+
+
 def main() -> int:
     """Entry point of a rank; an exception leaves a record and exits hard."""
     options = parse(sys.argv[1:])
-    stop = StopRequest(options.run_dir / "STOP").install()
+    # rank 0 tells the others (cycle/desk.py): a thousand ranks need not ask a shared disk
+    stop = StopRequest(options.run_dir / "STOP" if environment_rank() == 0 else None).install()
     return guarded(lambda: run(options, stop), options.run_dir)
 
 

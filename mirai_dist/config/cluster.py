@@ -12,6 +12,9 @@ from mirai_dist.config.keys import Document
 from mirai_dist.config.load import load_document
 from mirai_dist.config.schema import key
 
+PREFLIGHT = ("auto", "always", "never")
+TRANSPORTS = ("ib", "efa", "socket", "nvlink", "gloo")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpus:
@@ -78,6 +81,10 @@ class Cluster:
     container: Container = key(Container, help="container of the ranks")
     environment: dict[str, Variable] = key(dict, help="variables of the job, each with its reason")
     meeting: int = key(45, help="seconds in which all nodes must have met; more where images load slowly")
+    preflight: str = key(
+        "auto", help="look at all nodes before anything is trained; auto: where there are several", choices=PREFLIGHT
+    )
+    expect_transport: list[str] = key(list, help=f"stop unless the ranks talk over these: {', '.join(TRANSPORTS)}")
     sbatch: list[str] = key(list, help="further sbatch options, such as --mail-type=FAIL")
     srun: list[str] = key(list, help="further srun options, such as --mpi=none")
 
@@ -137,6 +144,7 @@ def _problems(cluster: Cluster) -> Iterator[tuple[str, str]]:
 
 _LISTS = {
     "modules": (r"[\w./+,\[\]-]+", "one name an entry"),
+    "expect_transport": ("|".join(TRANSPORTS), f"one of {', '.join(TRANSPORTS)} an entry"),
     "exclude": (r"[\w./+,\[\]-]+", "one name an entry"),
     "sbatch": (r"--[a-z][\w-]*(=\S+)?", "one --option or --option=value an entry, without blanks"),
     "srun": (r"--[a-z][\w-]*(=\S+)?", "one --option or --option=value an entry, without blanks"),

@@ -129,8 +129,8 @@ class Submit:
         """arguments: options and overrides. site: keys of the cluster file. expect: the exit code."""
         recipe, file, run_dir = self.folder / "recipe.yaml", self.folder / f"{name}-cluster.yaml", self.folder / name
         recipe.write_text(RECIPE.format(root=ROOT) + stages)
-        keys = {"partition": "main", "warning": "60", "launch": launch, "requeues": "2",
-                "python": sys.executable, **site}  # fmt: skip
+        keys = {"partition": "main", "warning": "60", "launch": launch, "python": sys.executable}
+        keys |= {"requeues": "2", "preflight": "never", **site}
         file.write_text(CLUSTER + "".join(f"{key}: {value}\n" for key, value in keys.items()))
         command = [sys.executable, "-m", "mirai_launch", "submit", str(recipe), "--cluster", str(file)]
         command += ["--nodes", str(nodes), "--run-dir", str(run_dir), *arguments]

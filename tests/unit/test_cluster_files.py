@@ -106,7 +106,7 @@ CHANGED = {
     "memory": "9G", "time": "90", "warning": 301, "requeues": 4, "launch": "task", "python": "python3.12",
     "launcher_python": "/p", "modules": ["m"], "scratch": "/s", "container.kind": "apptainer", "container.image": "j",
     "container.mounts": ["/m"], "environment.A.value": "w", "environment.A.reason": "q", "meeting": 60,
-    "sbatch": ["--x"], "srun": ["--y"],
+    "sbatch": ["--x"], "srun": ["--y"], "preflight": "never", "expect_transport": ["ib"],
 }  # fmt: skip
 
 

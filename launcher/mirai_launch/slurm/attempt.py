@@ -168,7 +168,7 @@ def summary(run_dir: Path, job: str, decision: Decision, outcome: str, now: str)
     elif outcome and not outcome.startswith("NOT"):
         following = [f"squeue -j {job}", f"to keep it down: scancel {job}"]
     else:
-        following = [f"to go on from the last checkpoint: scontrol requeue {job}, or mirai submit again"]
+        following = [f"to go on from the last checkpoint: mirai requeue {run_dir}, or mirai submit again"]
     rows = [
         ("job", f"{job}: {state}"),
         ("because", decision.why),

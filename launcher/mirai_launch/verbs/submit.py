@@ -67,10 +67,12 @@ def _tell(prepared: Prepared, queued: list[Queued]) -> None:
     last = queued[-1].job
     log = f"{queued[0].job}_0" if prepared.sweep else queued[0].job
     logs = os.path.relpath(prepared.run_dir / "logs")
+    run = os.path.relpath(prepared.elements[0].run_dir)
     console.say("next:")
     console.say(f"  squeue -j {','.join(each.job for each in queued)}")
     console.say(f"  tail -F {logs}/slurm-{log}.log")
-    console.say(f"  touch {os.path.relpath(prepared.run_dir)}/STOP   # save and end; submit again to go on")
+    console.say(f"  mirai status {run}")
+    console.say(f"  mirai stop {run}   # save and end; mirai requeue goes on")
     console.say(f"  scancel {last}")
 
 
