@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +19,7 @@ from mirai_dist.runtime.outlet import Outlet
 from mirai_dist.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
+    from mirai_dist.config import Resolved
     from mirai_dist.config.schema import Recipe
     from mirai_dist.cycle.pipeline import Place
     from mirai_dist.runtime.bootstrap import World
@@ -37,61 +40,95 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Train the recipe on this rank and its peers. Returns the exit code."""
-    from mirai_dist.config import files, load
-    from mirai_dist.config.digest import digest, to_yaml
-    from mirai_dist.config.rules import check_layout
-    from mirai_dist.config.source import dump
-    from mirai_dist.config.steps import REPORT, chosen
-    from mirai_dist.cycle.attending import check_attention
-    from mirai_dist.cycle.budget import budget
-    from mirai_dist.cycle.chain import run_chain
-    from mirai_dist.cycle.cycle import Stopped
-    from mirai_dist.cycle.effective import effective
+    from mirai_dist.config import load
+    from mirai_dist.config.steps import chosen
     from mirai_dist.cycle.pipeline import Place
-    from mirai_dist.cycle.study import check_reportable, report
     from mirai_dist.observe.console import Console
-    from mirai_dist.runtime import bootstrap, preflight
+    from mirai_dist.runtime import bootstrap
 
     resolved = load(options.recipe, options.overrides)
     steps = chosen(resolved.recipe, options.only)
     ranks = bootstrap.start()
+    described = describe(options, resolved, ranks, stop)
+    claim(options, resolved.recipe, ranks, described.texts)
+    outlet = Outlet(options.run_dir, ranks.rank).redirect()
+    Lookout(options.run_dir, ranks.rank, ranks.host, outlet.bound).start()
+    with closing(Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")) as console:
+        console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
+        for line in described.lines:
+            console.say(line)
+        place = Place(ranks, options.run_dir, console, stop, bootstrap.hosts(ranks))
+        with ending(options.run_dir, ranks.rank):
+            perform(resolved, place, steps, whole=not options.only)
+    bootstrap.stop(ranks)
+    return 0
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a run is, before it begins: files for its directory, lines for its console."""
+
+    texts: dict[str, str]
+    lines: list[str]
+
+
+def describe(options: argparse.Namespace, resolved: Resolved, ranks: World, stop: StopRequest) -> Described:
+    """Everything that is checked on the ranks before anything is written or allocated.
+
+    Raises SuspectNode, RecipeError and FileError where the run must not begin, Stopped where somebody asked for it.
+    """
+    from mirai_dist.config.digest import to_yaml
+    from mirai_dist.config.source import dump
+    from mirai_dist.cycle.budget import budget
+    from mirai_dist.cycle.cycle import Stopped
+    from mirai_dist.cycle.effective import effective
+    from mirai_dist.runtime import preflight
+
     early = "before anything was trained; run the same command again"
     with stop.raising(Stopped(f"stopped by a signal {early}")):
         examined = examine(options, ranks)
     if stop.agreed():
         raise Stopped(f"stopped by {stop.reason or 'a signal'} {early}")
+    check(resolved, ranks)
+    planned = budget(resolved, ranks)
+    used = dump(effective(resolved, ranks.world_size, ranks.device.type))
+    texts = {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used}
+    lines = [planned, *(f"  {line}" for line in used.splitlines())]
+    if examined:
+        texts[preflight.RECORD] = preflight.text(examined)
+        lines.insert(0, f"pre-flight ({examined['seconds']} s): {examined['verdict']}: {examined['line']}")
+    return Described(texts, lines)
+
+
+def check(resolved: Resolved, ranks: World) -> None:
+    """RecipeError or FileError where a stage or an arm cannot run on these ranks, or not be reported."""
+    from mirai_dist.config import files
+    from mirai_dist.config.rules import check_layout
+    from mirai_dist.cycle.attending import check_attention
+    from mirai_dist.cycle.study import check_reportable
+
     for variant in resolved.variants():
         files.check(variant.recipe, variant.origins)
         check_layout(variant.recipe, ranks.world_size)
     check_reportable(resolved.recipe)
     for variant in (*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)):
         check_attention(variant.recipe, ranks.device)
-    planned = budget(resolved, ranks)
-    used = dump(effective(resolved, ranks.world_size, ranks.device.type))
-    texts = {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used}
-    claim(options, resolved.recipe, ranks, texts | ({preflight.RECORD: preflight.text(examined)} if examined else {}))
-    outlet = Outlet(options.run_dir, ranks.rank).redirect()
-    Lookout(options.run_dir, ranks.rank, ranks.host, outlet.bound).start()
-    console = Console(ranks.rank, ranks.host, options.run_dir / "logs" / f"rank-{ranks.rank}.log")
-    try:
-        if examined:
-            console.say(f"pre-flight ({examined['seconds']} s): {examined['verdict']}: {examined['line']}")
-        console.say(f"{resolved.recipe.name}: {ranks.world_size} ranks, run directory {options.run_dir}")
-        console.say(planned)
-        for line in used.splitlines():
-            console.say(f"  {line}")
-        place = Place(ranks, options.run_dir, console, stop, bootstrap.hosts(ranks))
-        with ending(options.run_dir, ranks.rank):
-            begin(place, digest(resolved.recipe), steps if options.only else [])
-            run_chain(resolved, place, steps)
-            with stop.raising(Stopped("stopped before the report was written; run the same command to write it")):
-                if REPORT in steps or not options.only:
-                    report(resolved, place)
-            drop_requests(place)
-    finally:
-        console.close()
-    bootstrap.stop(ranks)
-    return 0
+
+
+def perform(resolved: Resolved, place: Place, steps: list[str], whole: bool) -> None:
+    """The steps of the run that are not done yet, and the report, which is written anew. whole: all steps are asked."""
+    from mirai_dist.config.digest import digest
+    from mirai_dist.config.steps import REPORT
+    from mirai_dist.cycle.chain import run_chain
+    from mirai_dist.cycle.cycle import Stopped
+    from mirai_dist.cycle.study import report
+
+    begin(place, digest(resolved.recipe), [] if whole else steps)
+    run_chain(resolved, place, steps)
+    with place.stop.raising(Stopped("stopped before the report was written; run the same command to write it")):
+        if whole or REPORT in steps:
+            report(resolved, place)
+    drop_requests(place)
 
 
 def examine(options: argparse.Namespace, ranks: World) -> dict[str, Any] | None:
