@@ -17,8 +17,8 @@ from mirai_dist.config.cluster import Cluster, load_cluster
 from mirai_dist.config.digest import to_yaml
 from mirai_dist.config.rules import check_layout
 from mirai_dist.config.steps import steps as steps_of
+from mirai_dist.operate import control
 from mirai_launch.slurm import ledger, parse, snapshot
-from mirai_launch.slurm.attempt import HOLD
 from mirai_launch.slurm.client import Scheduler, SchedulerError
 from mirai_launch.slurm.render import Batch, Sweep, render
 
@@ -141,7 +141,7 @@ def submit(prepared: Prepared, scheduler: Scheduler) -> list[Queued]:
     scripts_folder = _folder(prepared.run_dir / prepared.folder)
     _folder(prepared.run_dir / "logs")  # sbatch writes there, and does not make it
     for element in prepared.elements:
-        (element.run_dir / HOLD).unlink(missing_ok=True)  # whoever submits a run that was stopped wants it to go on
+        control.release(element.run_dir)  # whoever submits a run that was stopped wants it to go on
     queued: list[Queued] = []
     for step, text in scripts(prepared, code).items():
         script = scripts_folder / f"{step}.sbatch"
@@ -182,7 +182,7 @@ def _refuse_second(run_dir: Path, scheduler: Scheduler) -> None:
     alive = [job for job in (scheduler.jobs(known) if known else []) if not job.ended]
     if alive:
         what = f"job {alive[0].id} of this run is {alive[0].state.lower()}"
-        raise RecipeError(str(run_dir), f"{what}; cancel it (scancel {alive[0].id}), or name another --run-dir")
+        raise RecipeError(str(run_dir), f"{what}; cancel it (mirai cancel {run_dir}), or name another --run-dir")
 
 
 def _check_time(limit: str, cluster: Cluster, wish: Wish) -> None:

@@ -64,16 +64,13 @@ def _show(prepared: Prepared) -> None:
 def _tell(prepared: Prepared, queued: list[Queued]) -> None:
     for each in queued:
         console.say(f"job {each.job}  {each.step}  {os.path.relpath(each.script)}")
-    last = queued[-1].job
     log = f"{queued[0].job}_0" if prepared.sweep else queued[0].job
-    logs = os.path.relpath(prepared.run_dir / "logs")
-    run = os.path.relpath(prepared.elements[0].run_dir)
+    run_dir = os.path.relpath(prepared.run_dir)
+    one = f"{run_dir}/{prepared.elements[0].name}" if prepared.sweep else run_dir
     console.say("next:")
     console.say(f"  squeue -j {','.join(each.job for each in queued)}")
-    console.say(f"  tail -F {logs}/slurm-{log}.log")
-    console.say(f"  mirai status {run}")
-    console.say(f"  mirai stop {run}   # save and end; mirai requeue goes on")
-    console.say(f"  scancel {last}")
+    console.say(f"  tail -F {run_dir}/logs/slurm-{log}.log")
+    console.say(f"  mirai status {one}    # and: mirai logs, save, stop, cancel, requeue")
 
 
 def _count(text: str) -> int:
