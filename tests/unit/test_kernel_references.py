@@ -1,0 +1,36 @@
+"""Fused operators are held to what the networks compute: their references against the models, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mirai_dist.models.wan.kv_cache import turned
+from mirai_dist.models.wan.model import RmsNorm
+from mirai_dist.models.wan.rope import axis_widths, rotary_table, rotate
+from mirai_kernels.qk_norm_rope_cache import reference
+from mirai_kernels.qk_norm_rope_cache.reference import Placement
+from tests.kernel_cases import drawn
+
+GRID = (3, 4, 5)
+
+
+@pytest.mark.parametrize("head_dim", [12, 20, 128])
+@pytest.mark.parametrize("first_frame", [0, 9])
+def test_norm_rope_is_the_normalisation_and_rotation_of_the_network(head_dim: int, first_frame: int) -> None:
+    heads = 2
+    assert reference.axis_widths(head_dim) == axis_widths(head_dim)
+    x = drawn(0, 2, 60, heads * head_dim, dtype=torch.float64)
+    norm = RmsNorm(heads * head_dim).double()
+    torch.nn.init.normal_(norm.weight)
+    table = rotary_table(GRID, first_frame, head_dim, x.device, torch.float64)
+    expected = rotate(norm(x).unflatten(-1, (heads, -1)), table)
+    found = reference.norm_rope(x, norm.weight, heads, Placement(GRID, first_frame))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+def test_keys_read_at_another_frame_are_the_keys_that_the_cache_turns() -> None:
+    keys = drawn(1, 1, 60, 2 * 24, dtype=torch.float64)
+    written = reference.norm_rope(keys, None, 2, Placement(GRID, 0))
+    read_later = reference.norm_rope(keys, None, 2, Placement(GRID, 7))
+    torch.testing.assert_close(read_later, turned(written, 7), rtol=0, atol=1e-13)
