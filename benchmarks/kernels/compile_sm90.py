@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from mirai_kernels.launch import Launch
 from mirai_kernels.qk_norm_rope_cache import triton_norm_rope
 from mirai_kernels.qk_norm_rope_cache.reference import Placement
+from mirai_kernels.residual_modulate import triton_residual_modulate
 
 TARGET = GPUTarget("cuda", 90, 32)
 MODELS = {"1.3B": (1536, 12), "14B": (5120, 40)}
@@ -72,7 +73,23 @@ def norm_rope(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch
     yield "norm_rope backward", triton_norm_rope.backward_launch(y, x, weight, placement, table)[0]
 
 
-FAMILIES = (norm_rope,)
+def residual_modulate(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch]]:
+    x, row_scale = empty(1, tokens, width), empty(1, tokens, 1, dtype=torch.float32)
+    vectors = empty(1, GRIDS[tokens][0], 6, width).unbind(dim=2)
+    gate, scale, shift = vectors[:3]
+    sources = (x, x, gate, scale, shift)
+    yield "residual_modulate forward", triton_residual_modulate.forward_launch(sources, x, x)
+    yield "modulate forward", triton_residual_modulate.forward_launch((x, None, None, scale, shift), None, x)
+    scaled = x.to(torch.float8_e4m3fn)
+    yield "residual_modulate_e4m3 forward", triton_residual_modulate.forward_launch(sources, x, scaled, row_scale)
+    frames = GRIDS[tokens][0]
+    saved = (x, x, gate, scale)
+    yield "residual_modulate backward", triton_residual_modulate.backward_launch((x, x), saved, frames, x, x)[0]
+    saved = (x, None, None, scale)
+    yield "modulate backward", triton_residual_modulate.backward_launch((None, x), saved, frames, x, None)[0]
+
+
+FAMILIES = (norm_rope, residual_modulate)
 
 
 def source(launch: Launch) -> ASTSource:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mirai_dist.models.wan.kv_cache import turned
-from mirai_dist.models.wan.model import RmsNorm
+from mirai_dist.models.wan.model import RmsNorm, layer_norm, modulate, per_frame
 from mirai_dist.models.wan.rope import axis_widths, rotary_table, rotate
 from mirai_kernels.qk_norm_rope_cache import reference
 from mirai_kernels.qk_norm_rope_cache.reference import Placement
+from mirai_kernels.residual_modulate.reference import residual_modulate
 from tests.kernel_cases import drawn
 
 GRID = (3, 4, 5)
@@ -34,3 +35,13 @@ def test_keys_read_at_another_frame_are_the_keys_that_the_cache_turns() -> None:
     written = reference.norm_rope(keys, None, 2, Placement(GRID, 0))
     read_later = reference.norm_rope(keys, None, 2, Placement(GRID, 7))
     torch.testing.assert_close(read_later, turned(written, 7), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_residual_modulate_is_gate_residual_norm_and_modulation_of_the_network(frames: int) -> None:
+    x, y = (drawn(seed, 2, 15, 24, dtype=torch.float64) for seed in (0, 1))
+    gate, scale, shift = drawn(2, 2, frames, 3, 24, dtype=torch.float64).unbind(dim=2)
+    residual, modulated = residual_modulate(x, y, gate, scale, shift)
+    expected = x + per_frame(y, gate)
+    torch.testing.assert_close(residual, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(modulated, modulate(layer_norm(expected), shift, scale), rtol=0, atol=1e-13)
