@@ -24,6 +24,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mirai_kernels.chunk_attention import launch as chunk_attention
+from mirai_kernels.chunk_attention.launch import Cached, Segment
+from mirai_kernels.dense_attention.library import Attended
+from mirai_kernels.dense_attention.triton_merge import merge_launch
 from mirai_kernels.launch import Launch
 from mirai_kernels.qk_norm_rope_cache import triton_norm_rope
 from mirai_kernels.qk_norm_rope_cache.reference import Placement
@@ -31,12 +35,19 @@ from mirai_kernels.residual_modulate import triton_residual_modulate
 
 TARGET = GPUTarget("cuda", 90, 32)
 MODELS = {"1.3B": (1536, 12), "14B": (5120, 40)}
+CHUNK = 4680  # tokens
+PAST = {  # by the tokens that a chunk sees: runs of the cache, as they lie with and without a sink before a ring
+    4680: {"no past": ()},
+    32760: {"one run": (0, 28080), "three runs": (0, 1560, 3120, 9360, 12480, 32760)},
+}
 GRIDS = {4680: (3, 30, 52), 32760: (21, 30, 52)}
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
+    int: "i32",
+    float: "fp32",
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -44,7 +55,7 @@ ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel takes on sm_90a; shared in bytes a program, wide_* are 16-byte accesses in its PTX, narrow
-    ones take two bytes or fewer."""
+    ones take two bytes or fewer. Matrix products are Hopper's (wgmma) or those of older cards (mma_sync)."""
 
     kernel: str
     model: str
@@ -56,6 +67,8 @@ class Compiled:
     wide_loads: int
     wide_stores: int
     narrow_loads: int
+    wgmma: int
+    mma_sync: int
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -89,7 +102,29 @@ def residual_modulate(width: int, heads: int, tokens: int) -> Iterator[tuple[str
     yield "modulate backward", triton_residual_modulate.backward_launch((None, x), saved, frames, x, None)[0]
 
 
-FAMILIES = (norm_rope, residual_modulate)
+def attention(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch]]:
+    """Of one chunk that sees `tokens` tokens, its own among them, in a cache of a whole video."""
+    store, own = empty(1, 32760, heads, width // heads), empty(1, CHUNK, heads, width // heads)
+    attended = Attended(own, empty(1, heads, CHUNK, dtype=torch.float32))
+    segment = Segment(own, own, own)
+    for name, runs in PAST[tokens].items():
+        cached = Cached(store, store, runs)
+        yield f"attention forward, {name}", chunk_attention.forward_launch(segment, cached)[0]
+        yield f"attention dQ, {name}", chunk_attention.queries_launch(segment, cached, attended, own)[0]
+        if runs:
+            found = chunk_attention.queries_launch(segment, cached, attended, own, own_part=own)[0]
+            yield f"attention dQ of cached keys, {name}", found
+    yield "attention dK dV of own keys", chunk_attention.own_launch(segment, attended.lse, own, attended.lse)[0]
+    yield "attention merge", merge_launch(attended, attended)
+
+
+FAMILIES = (attention, norm_rope, residual_modulate)
+
+
+def type_of(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return tuple(TYPES[type(each)] for each in value)
+    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else TYPES[type(value)]
 
 
 def source(launch: Launch) -> ASTSource:
@@ -102,8 +137,9 @@ def source(launch: Launch) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        signature[name] = type_of(value)
+        specialised = not launch.kernel.params[index].do_not_specialize
+        if specialised and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     fixed = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=fixed, attrs=attributes)
@@ -111,7 +147,8 @@ def source(launch: Launch) -> ASTSource:
 
 def measured(name: str, model: str, tokens: int, launch: Launch) -> Compiled:
     """Compile one launch. Raises subprocess.CalledProcessError when the assembler refuses it."""
-    compiled = triton.compile(source(launch), target=TARGET, options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    compiled = triton.compile(source(launch), target=TARGET, options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
@@ -126,9 +163,11 @@ def measured(name: str, model: str, tokens: int, launch: Launch) -> Compiled:
         registers=int(re.findall(r"Used (\d+) registers", said)[0]),
         spilled_bytes=sum(int(each) for each in re.findall(r"(\d+) bytes spill", said)),
         shared=compiled.metadata.shared,
-        wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)|cp\.async\.c[ag]\..*, 0x10, ", ptx)),
         wide_stores=len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         narrow_loads=len(re.findall(r"ld\.global\S*\.[bus](?:8|16)\b", ptx)),
+        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
+        mma_sync=len(re.findall(r"\bmma\.sync", ptx)),
     )
 
 
@@ -138,7 +177,7 @@ def rows() -> Iterator[Compiled]:
         for tokens in GRIDS:
             for family in FAMILIES:
                 for name, launch in family(width, heads, tokens):
-                    key = f"{source(launch).hash()} {launch.warps}"
+                    key = f"{source(launch).hash()} {launch.warps} {launch.stages}"
                     if key not in known:
                         known[key] = measured(name, model, tokens, launch)
                     yield Compiled(**(asdict(known[key]) | {"kernel": name, "model": model, "tokens": tokens}))
@@ -146,12 +185,12 @@ def rows() -> Iterator[Compiled]:
 
 def table(found: list[Compiled]) -> str:
     lines = [
-        "| kernel | model | tokens | warps | registers | spilled bytes | shared bytes | 16-byte loads, stores |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | model | tokens | warps | registers | spilled | shared bytes | 16-byte loads, stores | wgmma |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {each.kernel} | {each.model} | {each.tokens:,} | {each.warps} | {each.registers} | {each.spilled_bytes} | "
-        f"{each.shared:,} | {each.wide_loads}, {each.wide_stores} |"
+        f"{each.shared:,} | {each.wide_loads}, {each.wide_stores} | {each.wgmma} |"
         for each in found
     ]
     return "\n".join(lines)
