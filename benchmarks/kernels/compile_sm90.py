@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mirai_kernels.cosine_head import triton_cosine
 from mirai_kernels.launch import Launch
 from mirai_kernels.qk_norm_rope_cache import triton_norm_rope
 from mirai_kernels.qk_norm_rope_cache.reference import Placement
@@ -89,7 +90,18 @@ def residual_modulate(width: int, heads: int, tokens: int) -> Iterator[tuple[str
     yield "modulate backward", triton_residual_modulate.backward_launch((None, x), saved, frames, x, None)[0]
 
 
-FAMILIES = (norm_rope, residual_modulate)
+def cosine_head(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch]]:
+    """The features' width is that of the 14B encoder for every generator; here it goes with the model."""
+    x, cosine = empty(tokens, width), empty(tokens, dtype=torch.float32)
+    for name, gradient in (("cosine_head forward with gradient", True), ("cosine_head forward", False)):
+        yield name, triton_cosine.cosine_launch(x, x, cosine, gradient)
+    segments = max(2, tokens // 4680)
+    features = empty(1, tokens, width)
+    out = triton_cosine.target_like(features, segments, (0, 1))
+    yield "fuse_targets", triton_cosine.fuse_launch(features, segments, (0, 1), out)
+
+
+FAMILIES = (norm_rope, residual_modulate, cosine_head)
 
 
 def source(launch: Launch) -> ASTSource:
