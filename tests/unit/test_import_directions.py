@@ -34,7 +34,16 @@ class Rule:
 
 # The longest matching name decides. A module that no line matches is an offence: decide where it belongs.
 RULES = {
-    "mirai_launch": Rule(("mirai_dist.config", "mirai_dist.plan", "mirai_dist.commands.arguments"), LIGHT),
+    "mirai_launch": Rule(
+        (
+            "mirai_dist.config",
+            "mirai_dist.plan",
+            "mirai_dist.commands.arguments",
+            "mirai_dist.runtime.nodelist",
+            "mirai_dist.state.commit",
+        ),
+        LIGHT,
+    ),
     "mirai_kernels": Rule((), ("torch", "triton")),
     "mirai_dist.config": Rule((), LIGHT),
     "mirai_dist.plan": Rule(("mirai_dist.config",), LIGHT),
