@@ -7,8 +7,9 @@ import torch
 
 from mirai_dist.method import foresight
 from mirai_dist.models.wan.kv_cache import turned
-from mirai_dist.models.wan.model import RmsNorm, layer_norm, modulate, per_frame
+from mirai_dist.models.wan.model import RmsNorm
 from mirai_dist.models.wan.rope import axis_widths, rotary_table, rotate
+from mirai_dist.models.wan.token_ops import layer_norm, modulate, per_frame
 from mirai_kernels.cosine_head.reference import fuse_targets
 from mirai_kernels.qk_norm_rope_cache import reference
 from mirai_kernels.qk_norm_rope_cache.reference import Placement
