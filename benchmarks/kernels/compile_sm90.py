@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from mirai_kernels.chunk_attention import launch as chunk_attention
 from mirai_kernels.chunk_attention.launch import Cached, Segment
+from mirai_kernels.cosine_head import triton_cosine
 from mirai_kernels.dense_attention.library import Attended
 from mirai_kernels.dense_attention.triton_merge import merge_launch
 from mirai_kernels.launch import Launch
@@ -118,7 +119,18 @@ def attention(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch
     yield "attention merge", merge_launch(attended, attended)
 
 
-FAMILIES = (attention, norm_rope, residual_modulate)
+def cosine_head(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch]]:
+    """The features' width is that of the 14B encoder for every generator; here it goes with the model."""
+    x, cosine = empty(tokens, width), empty(tokens, dtype=torch.float32)
+    for name, gradient in (("cosine_head forward with gradient", True), ("cosine_head forward", False)):
+        yield name, triton_cosine.cosine_launch(x, x, cosine, gradient)
+    segments = max(2, tokens // 4680)
+    features = empty(1, tokens, width)
+    out = triton_cosine.target_like(features, segments, (0, 1))
+    yield "fuse_targets", triton_cosine.fuse_launch(features, segments, (0, 1), out)
+
+
+FAMILIES = (attention, norm_rope, residual_modulate, cosine_head)
 
 
 def type_of(value: object) -> str | tuple[str, ...]:

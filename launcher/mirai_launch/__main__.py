@@ -15,6 +15,7 @@ from mirai_dist.commands.arguments import VERBS as DELEGATED
 # verb -> (module that holds `configure(parser)` and `run(arguments) -> int`, help)
 OWN = {
     "train": ("mirai_launch.verbs.train", "check a recipe, then train it on local ranks, under torchrun or under srun"),
+    "submit": ("mirai_launch.verbs.submit", "queue a recipe on a SLURM cluster, as a batch script that you can read"),
     "check": ("mirai_launch.verbs.check", "print the resolved recipe with the origin of every value"),
 }
 VERBS = {verb: text for verb, (_, text) in OWN.items()} | {name: verb.help for name, verb in DELEGATED.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -28,12 +28,34 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
+class Document:
+    """A kind of file: the schema that closes it, and what messages call it."""
+
+    schema: type
+    noun: str
+
+    @property
+    def root(self) -> Key:
+        return Key((), self.schema, None, self)
+
+    @property
+    def required(self) -> list[str]:
+        """Top keys without a default."""
+        every = fields(self.schema)
+        return [each.name for each in every if each.default is MISSING and each.default_factory is MISSING]
+
+
+RECIPE = Document(schema.Recipe, "recipe")
+
+
+@dataclass(frozen=True)
 class Key:
     """One place in the schema: its path, its Python type, and its field (None for a named entry and the root)."""
 
     path: Path
     type: Any
     field: Field[Any] | None
+    document: Document = RECIPE
 
     @property
     def dotted(self) -> str:
@@ -69,7 +91,7 @@ class Key:
         return _WORDS[self.type]
 
 
-ROOT = Key((), schema.Recipe, None)
+ROOT = RECIPE.root
 
 
 @cache
@@ -85,18 +107,18 @@ def child(parent: Key, name: str, where: str) -> Key:
     if parent.is_named:
         if not _NAME.fullmatch(name):
             raise RecipeError(where, f"{'.'.join(path)}: the name {name!r} may hold only letters, digits, _ and -")
-        return Key(path, get_args(parent.type)[1], None)
+        return Key(path, get_args(parent.type)[1], None, parent.document)
     if parent.is_leaf:
         raise RecipeError(where, f"unknown key {'.'.join(path)}: {parent.dotted} is {parent.describe()}, not a section")
     if name not in children(parent.type):
         raise RecipeError(where, f"unknown key {'.'.join(path)}; {suggest(parent, name)}")
     field = next(each for each in fields(parent.type) if each.name == name)
-    return Key(path, children(parent.type)[name], field)
+    return Key(path, children(parent.type)[name], field, parent.document)
 
 
-def lookup(path: Path, where: str) -> Key:
+def lookup(path: Path, where: str, root: Key = ROOT) -> Key:
     """The key at `path`; RecipeError names the nearest valid key where there is none."""
-    key = ROOT
+    key = root
     for name in path:
         key = child(key, name, where)
     return key
@@ -107,7 +129,7 @@ def every_leaf(key: Key = ROOT) -> Iterator[Key]:
     if key.is_leaf:
         yield key
     elif key.is_named:
-        yield from every_leaf(Key((*key.path, "<name>"), get_args(key.type)[1], key.field))
+        yield from every_leaf(Key((*key.path, "<name>"), get_args(key.type)[1], key.field, key.document))
     else:
         for name in children(key.type):
             yield from every_leaf(child(key, name, "schema"))
@@ -119,7 +141,7 @@ def suggest(parent: Key, name: str) -> str:
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if near:
         return f"did you mean {'.'.join((*parent.path, near[0]))}?"
-    elsewhere = [leaf.dotted for leaf in every_leaf() if leaf.path[-1] == name]
+    elsewhere = [leaf.dotted for leaf in every_leaf(parent.document.root) if leaf.path[-1] == name]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere[:3])}?"
     return f"valid here: {', '.join(valid)}"

@@ -92,27 +92,39 @@ def _merge(*layers: Iterable[Setting]) -> Settings:
 
 def _resolve(path: Path, settings: Settings) -> Resolved:
     shown = source.shown_path(path)
-    leaves = _Collector(settings, shown).collect()
-    values = _interpolate(leaves)
-    origins = {".".join(leaf): setting.origin for leaf, setting in leaves.items()}
-    recipe = _build(keys.ROOT, values)
+    recipe, origins = _assemble(settings, shown, keys.ROOT)
     rules.check(recipe, origins, shown)
     return Resolved(recipe, origins, path, settings)
+
+
+def load_document(path: Path, document: keys.Document) -> tuple[Any, dict[str, str]]:
+    """A file of another kind than a recipe, as its schema's dataclass, with the origin of every value.
+
+    Raises RecipeError for anything that is wrong with the file itself; the values' meaning is the caller's to check.
+    """
+    return _assemble(_merge(source.read(path, root=document.root)), source.shown_path(path), document.root)
+
+
+def _assemble(settings: Settings, shown: str, root: keys.Key) -> tuple[Any, dict[str, str]]:
+    leaves = _Collector(settings, shown, root).collect()
+    values = _interpolate(leaves, root)
+    return _build(root, values), {".".join(leaf): setting.origin for leaf, setting in leaves.items()}
 
 
 class _Collector:
     """Walks the schema and finds the setting of every leaf: written, referred to, or default."""
 
-    def __init__(self, settings: Settings, shown: str) -> None:
+    def __init__(self, settings: Settings, shown: str, root: keys.Key) -> None:
         self.settings = settings
         self.shown = shown
+        self.root = root
         self.leaves: Settings = {}
         for setting in settings.values():
             if isinstance(setting.value, Reference):
                 self._check_reference(setting)
 
     def collect(self) -> Settings:
-        self._section(keys.ROOT, MISSING)
+        self._section(self.root, MISSING)
         return self.leaves
 
     def _section(self, key: keys.Key, default: Any) -> None:
@@ -148,7 +160,7 @@ class _Collector:
         """Default of the section at a path: the target of a reference brings its own defaults along."""
         default: Any = MISSING
         for depth in range(1, len(path) + 1):
-            default = _inherited(keys.lookup(path[:depth], self.shown), default)
+            default = _inherited(keys.lookup(path[:depth], self.shown, self.root), default)
             written = self._find(path[:depth])
             if written is not None and isinstance(written.value, Reference):
                 default = self._default_at(written.value.target)
@@ -180,8 +192,8 @@ class _Collector:
         while isinstance(step.value, Reference):
             target = step.value.target
             name = ".".join(target)
-            key = keys.lookup(target, f"{setting.origin}: {dotted} refers to ${{{name}}}")
-            if key.type != keys.lookup(setting.path, setting.origin).type:
+            key = keys.lookup(target, f"{setting.origin}: {dotted} refers to ${{{name}}}", self.root)
+            if key.type != keys.lookup(setting.path, setting.origin, self.root).type:
                 what = f"{dotted} cannot be ${{{name}}}: the two sections hold different keys"
                 raise RecipeError(setting.origin, what)
             if any(target[: len(each)] == each or each[: len(target)] == target for each in seen):
@@ -205,7 +217,7 @@ def _inherited(key: keys.Key, default: Any) -> Any:
     return key.field.default if key.field.default_factory is MISSING else key.field.default_factory()
 
 
-def _interpolate(leaves: Settings) -> dict[keys.Path, Any]:
+def _interpolate(leaves: Settings, root: keys.Key) -> dict[keys.Path, Any]:
     """Values of all leaves with `${a.b}` inside values resolved (OmegaConf) and checked against the schema."""
     tree: dict[str, Any] = {}
     for path, setting in leaves.items():
@@ -218,7 +230,7 @@ def _interpolate(leaves: Settings) -> dict[keys.Path, Any]:
         value = setting.value
         if "${" in str(value):
             value = _resolved(tree, ".".join(path), setting)
-            value = keys.check(keys.lookup(path, setting.origin), value, setting.origin)
+            value = keys.check(keys.lookup(path, setting.origin, root), value, setting.origin)
         values[path] = value
     return values
 

@@ -82,24 +82,27 @@ class Setting:
 Where = Callable[[yaml.Node], str]
 
 
-def read(path: Path, chain: tuple[Path, ...] = (), asked_at: str = COMMAND_LINE) -> Iterator[Setting]:
-    """Settings of a recipe file, those of the recipes it extends first. RecipeError for anything wrong with it."""
-    shown = shown_path(path)
+def read(
+    path: Path, chain: tuple[Path, ...] = (), asked_at: str = COMMAND_LINE, root: keys.Key = keys.ROOT
+) -> Iterator[Setting]:
+    """Settings of a file, those of the files it extends first. RecipeError for anything wrong with it."""
+    shown, noun = shown_path(path), root.document.noun
     if path.resolve() in chain:
         names = " -> ".join(shown_path(each) for each in (*chain, path.resolve()))
-        raise RecipeError(asked_at, f"extends: recipes extend each other in a circle ({names}); remove one of them")
-    root = _compose_file(path, shown, asked_at)
+        what = f"extends: {noun} files extend each other in a circle ({names}); remove one of them"
+        raise RecipeError(asked_at, what)
+    tree = _compose_file(path, shown, asked_at, root.document)
     where: Where = lambda node: f"{shown}:{node.start_mark.line + 1}"
     own = []
-    for name, value in root.value:
+    for name, value in tree.value:
         if name.value == "extends":
             for base in _bases(value, where):
                 target = path.parent / base
-                yield from read(target, (*chain, path.resolve()), asked_at=where(name))
+                yield from read(target, (*chain, path.resolve()), where(name), root)
         else:
             own.append((name, value))
-    _refuse_duplicates(root, (), where)
-    yield from _entries(own, keys.ROOT, where)
+    _refuse_duplicates(tree, (), where)
+    yield from _entries(own, root, where)
 
 
 def override(text: str, origin: str) -> list[Setting]:
@@ -133,18 +136,19 @@ def dump(data: Any, flow: bool = False) -> str:
     return text.removesuffix("\n...\n").removesuffix("\n") if flow else text
 
 
-def _compose_file(path: Path, shown: str, asked_at: str) -> yaml.MappingNode:
+def _compose_file(path: Path, shown: str, asked_at: str, document: keys.Document) -> yaml.MappingNode:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(asked_at, f"no recipe file {shown}; check the path") from None
+        raise RecipeError(asked_at, f"no {document.noun} file {shown}; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(asked_at, f"cannot read the recipe file {shown}: {error}") from None
+        raise RecipeError(asked_at, f"cannot read the {document.noun} file {shown}: {error}") from None
     root = _compose(text, shown)
     if root is None:
-        raise RecipeError(shown, "the recipe is empty; it needs at least name, video, text, stages")
+        needed = ", ".join(document.required)
+        raise RecipeError(shown, f"the {document.noun} file is empty; it needs at least {needed}")
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{shown}:{root.start_mark.line + 1}", "a recipe is a mapping of keys to values")
+        raise RecipeError(f"{shown}:{root.start_mark.line + 1}", f"a {document.noun} is a mapping of keys to values")
     return root
 
 

@@ -11,21 +11,13 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mirai_dist.runtime import nodelist
-
-_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_PORTS = 12000  # candidates below the first port that the kernel hands out by itself
-
-
-class LaunchError(RuntimeError):
-    """The ranks cannot find each other or their devices. One line; starting again as it is will not help."""
-
-    exit_code = 20
+from mirai_dist.runtime.rendezvous import LaunchError, derived_port
+from mirai_dist.runtime.rendezvous import number as _number
 
 
 @dataclass(frozen=True)
@@ -101,17 +93,6 @@ def choose_device(place: Place, gpus: int) -> torch.device:
     raise LaunchError(f"{socket.gethostname()}: {what} (--nproc {gpus}), or hide the GPUs with CUDA_VISIBLE_DEVICES=")
 
 
-def derived_port(env: Mapping[str, str], first_ephemeral: int | None = None) -> int:
-    """Port of rank 0 for this job step, the same on all nodes, below the range the kernel hands out by itself."""
-    first = _first_ephemeral() if first_ephemeral is None else first_ephemeral
-    lowest = max(1024, first - _PORTS)
-    if first <= lowest:
-        raise LaunchError(f"all ports from {first} on are handed out by the kernel; set MASTER_PORT to a free one")
-    # Two steps of one job may share their first node, and a requeued job may meet its own dying predecessor.
-    parts = [_number(env, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
-    return lowest + (parts[0] * 31 + parts[1] * 7 + parts[2]) % (first - lowest)
-
-
 def _torchrun(env: Mapping[str, str]) -> Place:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in env]
@@ -166,14 +147,3 @@ def _connect(place: Place, host: str, timeout: timedelta) -> dist.Store:
         raise LaunchError(f"{host}: {what}") from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"/mirai/attempt_{attempt}", store)
-
-
-def _first_ephemeral() -> int:
-    return int(_PORT_RANGE.read_text().split()[0]) if _PORT_RANGE.exists() else 32768
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    value = env.get(name, "0")
-    if not value.isdigit():
-        raise LaunchError(f"{name} is {value!r}, which is no number; the launcher must set it")
-    return int(value)

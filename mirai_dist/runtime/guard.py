@@ -76,10 +76,10 @@ def leave(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
 
 
 def _tell(error: BaseException, where: str, run_dir: Path, rank: int) -> None:
-    explains_itself = _class_code(error) == DO_NOT_REQUEUE
-    if explains_itself and rank != 0 and _rank_zero_tells(error, run_dir):
+    own = _class_code(error)
+    if own == DO_NOT_REQUEUE and rank != 0 and _rank_zero_tells(error, run_dir):
         return
-    if not explains_itself:
+    if own not in (DO_NOT_REQUEUE, SUSPECT_NODE):
         traceback.print_exception(error, file=sys.stderr)
     _say(rank, f"{type(error).__name__}: {str(error) or 'no message'}; {where}")
 
@@ -118,6 +118,7 @@ def _write_record(error: BaseException, code: int, run_dir: Path, rank: int) -> 
         "exit_code": code,
         "host": socket.gethostname(),
         "rank": rank,
+        "suspects": getattr(error, "suspects", [socket.gethostname()] if code == SUSPECT_NODE else []),
         "time": time.time(),
         "traceback": "".join(traceback.format_exception(error)),
     }

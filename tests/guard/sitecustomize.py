@@ -7,9 +7,12 @@ are guarded as the tests themselves are.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from typing import Any
 
+# The private network of the SLURM cluster that tests/slurm starts on this machine; only its nodes have the variable.
+_NODES = os.environ.get("MIRAI_TEST_NETWORK")
 _LOCAL_NAMES = {"localhost", "", socket.gethostname()}
 _socket = socket.socket
 _getaddrinfo = socket.getaddrinfo
@@ -27,8 +30,22 @@ def _is_local(host: object) -> bool:
     try:
         address = ipaddress.ip_address(str(host).partition("%")[0])
     except ValueError:
+        if _NODES and any(_is_node(each) for each in _addresses_in_hosts_file(str(host))):
+            return True
         return host == socket.getfqdn()  # may ask a name server about this host, so only before a refusal
-    return address.is_loopback or address.is_unspecified or str(address) in _own_addresses()
+    return address.is_loopback or address.is_unspecified or _is_node(address) or str(address) in _own_addresses()
+
+
+def _is_node(address: Any) -> bool:
+    address = getattr(address, "ipv4_mapped", None) or address
+    return bool(_NODES) and address.is_private and address in ipaddress.ip_network(str(_NODES))
+
+
+def _addresses_in_hosts_file(name: str) -> list[Any]:
+    """Addresses of a name in /etc/hosts: no name server is asked."""
+    with open("/etc/hosts", encoding="utf-8") as file:
+        lines = [line.partition("#")[0].split() for line in file]
+    return [ipaddress.ip_address(words[0]) for words in lines if name in words[1:]]
 
 
 def _own_addresses() -> set[str]:

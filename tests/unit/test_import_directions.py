@@ -34,12 +34,22 @@ class Rule:
 
 # The longest matching name decides. A module that no line matches is an offence: decide where it belongs.
 RULES = {
-    "mirai_launch": Rule(("mirai_dist.config", "mirai_dist.plan", "mirai_dist.commands.arguments"), LIGHT),
+    "mirai_launch": Rule(
+        (
+            "mirai_dist.config",
+            "mirai_dist.plan",
+            "mirai_dist.commands.arguments",
+            "mirai_dist.runtime.nodelist",
+            "mirai_dist.state.commit",
+        ),
+        LIGHT,
+    ),
     "mirai_kernels": Rule((), ("torch", "triton")),
     "mirai_dist.config": Rule((), LIGHT),
     "mirai_dist.plan": Rule(("mirai_dist.config",), LIGHT),
     "mirai_dist.method": Rule((), ("torch",), never=("torch.distributed",)),
     "mirai_dist.models": Rule(("mirai_dist.attention", "mirai_dist.config.error"), never=("torch.distributed",)),
+    "mirai_dist.models.wan.token_ops": Rule(("mirai_dist.models", "mirai_kernels"), never=("torch.distributed",)),
     "mirai_dist.attention": Rule(),
     "mirai_dist.attention.select": Rule(("mirai_dist.attention", "mirai_kernels")),
     "mirai_dist.parallel": Rule(("mirai_dist.plan.shards",)),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mirai_dist.method import foresight
 from mirai_dist.models.wan.kv_cache import turned
-from mirai_dist.models.wan.model import RmsNorm, layer_norm, modulate, per_frame
+from mirai_dist.models.wan.model import RmsNorm
 from mirai_dist.models.wan.rope import axis_widths, rotary_table, rotate
+from mirai_dist.models.wan.token_ops import layer_norm, modulate, per_frame
+from mirai_kernels.cosine_head.reference import fuse_targets
 from mirai_kernels.qk_norm_rope_cache import reference
 from mirai_kernels.qk_norm_rope_cache.reference import Placement
 from mirai_kernels.residual_modulate.reference import residual_modulate
@@ -45,3 +48,11 @@ def test_residual_modulate_is_gate_residual_norm_and_modulation_of_the_network(f
     expected = x + per_frame(y, gate)
     torch.testing.assert_close(residual, expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(modulated, modulate(layer_norm(expected), shift, scale), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("offsets", [(0, 1), (1,), (2, 0, 5)])
+def test_fused_targets_point_where_those_of_foresight_point(offsets: tuple[int, ...]) -> None:
+    features = drawn(0, 2, 4 * 3, 7, dtype=torch.float64)
+    expected = foresight.fuse_targets(features, 4, offsets, foresight.PRESETS["paper"])
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(fuse_targets(features, 4, offsets), expected, rtol=0, atol=1e-14)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -49,3 +50,21 @@ def test_started_processes_are_guarded():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "ForbiddenNetworkError" in done.stderr
+
+
+NODES = (
+    "import builtins, io, sitecustomize as guard\n"
+    "builtins.open = lambda *_, **__: io.StringIO('10.111.1.11 t1 # t2\\n10.222.1.1 other\\n')\n"
+    "print(*(host for host in ('10.111.1.7', '10.111.2.7', '8.8.8.8', 't1', 't2', 'other') if guard._is_local(host)))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("network", "allowed"),
+    [("10.111.1.0/24", "10.111.1.7 t1"), ("0.0.0.0/0", "10.111.1.7 10.111.2.7 t1 other"), (None, "")],
+)
+def test_nodes_of_the_test_cluster_reach_each_other_and_nobody_else(network: str | None, allowed: str):
+    """The guard is asked, not tried: this machine has neither these addresses nor these names in /etc/hosts."""
+    own = {"MIRAI_TEST_NETWORK": network} if network else {}
+    done = subprocess.run([sys.executable, "-c", NODES], env={**os.environ, **own}, capture_output=True, text=True)
+    assert done.stdout.strip() == allowed, done.stderr

@@ -1,6 +1,6 @@
 """Chunk attention as an operator of torch: queries of one segment to [cached runs | own] keys and values.
 
-Selective recomputation and torch.compile see one operator, `torch.ops.mirai_kernels.chunk_attention`. Cached keys are
+Selective recomputation and torch.compile see one operator, `torch.ops.mirai.chunk_attention`. Cached keys are
 read where they lie: runs of a cache are pairs of Python ints, so a ring that has wrapped around costs no copy, and
 nothing waits for the device. The cache is a constant: there is no gradient of it, and none is computed.
 """
@@ -50,7 +50,7 @@ def _check_cached(cached: Cached) -> None:
         raise ValueError("cached keys carry gradient, which this operator does not compute; detach them")
 
 
-@torch.library.custom_op("mirai_kernels::chunk_attention", mutates_args=())
+@torch.library.custom_op("mirai::chunk_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, runs: Sequence[int], by: str
 ) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _(
     return torch.empty_like(q), q.new_empty((samples, heads, queries), dtype=torch.float32)
 
 
-@torch.library.custom_op("mirai_kernels::chunk_attention_backward", mutates_args=())
+@torch.library.custom_op("mirai::chunk_attention_backward", mutates_args=())
 def _backward(grad_out: Tensor, tensors: Sequence[Tensor], runs: Sequence[int], by: str) -> list[Tensor]:
     """Gradients of q, k, v; tensors: q, k, v, out, lse, and cached keys and values where there are any."""
     q, k, v, out, lse, *cache = tensors

@@ -118,15 +118,17 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # the kernel does without the residual's gradient where there is none
     x, y, gate, scale, shift = inputs
     ctx.shift = shift.shape, shift.dtype
     ctx.frames = frames_of(x, [each for each in (gate, scale, shift) if each is not None])
     ctx.save_for_backward(x if y is None else output[0], y, gate, scale)
 
 
-def _gradients(ctx: Any, grad_residual: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_residual: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     residual, y, gate, scale = ctx.saved_tensors
-    grads = None if y is None else _contiguous_rows(grad_residual), _contiguous_rows(grad_out)
+    grad_out = torch.zeros_like(residual) if grad_out is None else grad_out
+    grads = None if grad_residual is None or y is None else _contiguous_rows(grad_residual), _contiguous_rows(grad_out)
     by_x, by_y, by_vectors = _backward(*grads, residual, y, gate, scale, ctx.frames)
     by_scale, by_shift, *by_gate = by_vectors.unbind(dim=2)
     shape, dtype = ctx.shift

@@ -64,7 +64,7 @@ def _joined(tensor: Tensor, places: list[slice], dim: int) -> Tensor:
     return torch.cat([tensor.narrow(dim, place.start, place.stop - place.start) for place in places], dim)
 
 
-@torch.library.custom_op("mirai_kernels::segment_prefix_attention", mutates_args=())
+@torch.library.custom_op("mirai::segment_prefix_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, segment: int, doubled: bool, by: str) -> tuple[Tensor, Tensor]:
     """(attended, log-sum-exp [B, H, N])"""
     dense, rows = DENSE[by], _Rows(q, segment, doubled)
@@ -91,7 +91,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, segment: int, doubled: bool, by: str) -> 
     return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("mirai_kernels::segment_prefix_attention_backward", mutates_args=())
+@torch.library.custom_op("mirai::segment_prefix_attention_backward", mutates_args=())
 def _backward(grad_out: Tensor, tensors: list[Tensor], segment: int, doubled: bool, by: str) -> list[Tensor]:
     """Gradients of q, k, v; tensors: q, k, v, out, lse. They add up in float32."""
     q, k, v, out, lse = tensors

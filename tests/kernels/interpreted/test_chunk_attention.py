@@ -17,7 +17,7 @@ from mirai_kernels.dense_attention.library import LIBRARIES
 from mirai_kernels.launch import Launch
 from tests.kernel_cases import BOUNDS, assert_close, assert_same_bits, drawn, relative, with_gradients
 
-OPERATOR = torch.ops.mirai_kernels.chunk_attention.default
+OPERATOR = torch.ops.mirai.chunk_attention.default
 
 
 @dataclass(frozen=True)

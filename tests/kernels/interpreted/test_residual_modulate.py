@@ -61,6 +61,17 @@ def test_the_sub_layer_or_its_gate_may_be_missing(y: bool, gate: bool) -> None:
     assert_close(with_gradients(with_parts(residual_modulate, y, gate), leaves), exact, BOUNDS[torch.float32])
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_alone_may_be_used(used: int) -> None:
+    x, y, gate, *rest = inputs("a vector a frame", torch.float32)
+
+    def one(function: Function) -> Callable[..., Sequence[Tensor]]:
+        return lambda *leaves: [function(*leaves, *(each.to(leaves[0].dtype) for each in rest))[used]]
+
+    exact = with_gradients(one(reference.residual_modulate), (x, y, gate), torch.float64)
+    assert_close(with_gradients(one(residual_modulate), (x, y, gate)), exact, BOUNDS[torch.float32])
+
+
 def test_an_affine_layer_norm_is_a_case_of_it() -> None:
     x, y, gate, weight, bias = inputs("shared by frames or samples", torch.float32)
     weight, bias = weight[:1], bias[:1]

@@ -14,7 +14,7 @@ from mirai_kernels.segment_prefix_attention.op import segment_prefix_attention
 from mirai_kernels.segment_prefix_attention.reference import masked_attention, segment_causal_mask, teacher_forced_mask
 from tests.kernel_cases import BOUNDS, assert_close, assert_same_bits, drawn, with_gradients
 
-OPERATOR = torch.ops.mirai_kernels.segment_prefix_attention.default
+OPERATOR = torch.ops.mirai.segment_prefix_attention.default
 CASES = [(2, 3, 37, 2, 20), (1, 2, 67, 1, 128)]  # batch, segments, tokens of one, heads, width
 
 
