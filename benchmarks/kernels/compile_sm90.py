@@ -1,6 +1,8 @@
 """Compile every kernel for sm_90a at the shapes of Wan-1.3B and Wan-14B, without a GPU, and say what it takes.
 
-    python benchmarks/kernels/compile_sm90.py [--json FILE]      needs triton; TRITON_INTERPRET must not be set
+    python benchmarks/kernels/compile_sm90.py [--only FAMILY] [--json FILE]
+
+needs triton; TRITON_INTERPRET must not be set.
 
 Launches are the operators' own, over tensors of no memory; equal ones are compiled once. Registers and spills are
 those of the assembler that triton brings.
@@ -14,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,7 +132,8 @@ def cosine_head(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Laun
     yield "fuse_targets", triton_cosine.fuse_launch(features, segments, (0, 1), out)
 
 
-FAMILIES = (attention, norm_rope, residual_modulate, cosine_head)
+Family = Callable[[int, int, int], Iterator[tuple[str, Launch]]]
+FAMILIES: tuple[Family, ...] = (attention, norm_rope, residual_modulate, cosine_head)
 
 
 def type_of(value: object) -> str | tuple[str, ...]:
@@ -183,11 +186,11 @@ def measured(name: str, model: str, tokens: int, launch: Launch) -> Compiled:
     )
 
 
-def rows() -> Iterator[Compiled]:
+def rows(families: Sequence[Family]) -> Iterator[Compiled]:
     known: dict[str, Compiled] = {}
     for model, (width, heads) in MODELS.items():
         for tokens in GRIDS:
-            for family in FAMILIES:
+            for family in families:
                 for name, launch in family(width, heads, tokens):
                     key = f"{source(launch).hash()} {launch.warps} {launch.stages}"
                     if key not in known:
@@ -211,10 +214,12 @@ def table(found: list[Compiled]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
-    file = parser.parse_args().json
+    parser.add_argument("--only", choices=[each.__name__ for each in FAMILIES], help="these kernels alone")
+    arguments = parser.parse_args()
+    file = arguments.json
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile for the interpreter")
-    found = list(rows())
+    found = list(rows([each for each in FAMILIES if arguments.only in (None, each.__name__)]))
     if file:
         document = {"triton": triton.__version__, "torch": torch.__version__, "target": "sm_90a"}
         file.write_text(json.dumps(document | {"kernels": [asdict(each) for each in found]}, indent=1) + "\n")
