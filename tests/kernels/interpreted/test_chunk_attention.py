@@ -124,6 +124,18 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     assert_close(found, expected, 1e-4)  # a score of 1000 is known to 6e-5
 
 
+def test_keys_that_all_point_away_leave_the_padding_of_a_tile_without_weight() -> None:
+    """With scores near -200 the padding's zeros would weigh more than any number holds."""
+    case = SINK_AND_RING
+    store, leaves = case.store(torch.float32), case.segment(torch.float32)
+    leaves[0][..., 0] -= 30
+    for keys in (store[0], leaves[1]):
+        keys[..., 0] += 30
+    expected = with_gradients(partial(exact, store[:, :, case.seen()]), leaves, torch.float64)
+    found = with_gradients(partial(ours, case.cached(store), TRITON), leaves)
+    assert_close(found, expected, 1e-4)
+
+
 # --- as torch sees it ----------------------------------------------------------------------------------------
 
 
