@@ -136,9 +136,7 @@ Family = Callable[[int, int, int], Iterator[tuple[str, Launch]]]
 FAMILIES: tuple[Family, ...] = (attention, norm_rope, residual_modulate, cosine_head)
 
 
-def type_of(value: object) -> str | tuple[str, ...]:
-    if isinstance(value, tuple):
-        return tuple(TYPES[type(each)] for each in value)
+def type_of(value: object) -> str:
     return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else TYPES[type(value)]
 
 

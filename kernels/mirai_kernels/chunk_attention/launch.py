@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mirai_kernels.chunk_attention.triton_backward import backward_own, backward_queries
-from mirai_kernels.chunk_attention.triton_forward import forward
+from mirai_kernels.chunk_attention.triton_forward import RUN_ENDS, forward
 from mirai_kernels.dense_attention.library import LIBRARIES, Attended, Gradients, Library
 from mirai_kernels.launch import Launch
 
@@ -46,9 +47,8 @@ class Segment(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """keys and values [B, capacity, H, D], tokens of a sample densely; runs: first, end of tokens, a pair a run.
-
-    Nothing outside the runs is read."""
+    """keys and values [B, capacity, H, D], tokens of a sample densely; runs: first, end of tokens, a pair a run. A sink
+    and a ring in two pieces make three runs, and there are no more. Nothing outside them is read."""
 
     keys: Tensor
     values: Tensor
@@ -95,7 +95,7 @@ def _inputs(segment: Segment, cached: Cached | None) -> dict[str, Any]:
         "own_v": v,
         "cached_k": keys,
         "cached_v": values,
-        "runs": runs,
+        **dict(zip_longest(RUN_ENDS, runs, fillvalue=0)),
         "queries": q.shape[1],
         "own": k.shape[1],
         "q_batch": q.stride(0),
@@ -115,7 +115,7 @@ def forward_launch(segment: Segment, cached: Cached | None = None) -> tuple[Laun
     )
     tiles = FORWARD[q.element_size()]
     arguments = _inputs(segment, cached) | {"out": attended.out, "lse": attended.lse}
-    constants = _constants(q, tiles) | {"RUNS": len(arguments["runs"]) // 2}
+    constants = _constants(q, tiles) | {"RUNS": len(cached.runs) // 2 if cached else 0}
     grid = (triton.cdiv(queries, tiles.queries), samples * heads)
     return Launch(forward, grid, arguments, constants, tiles.warps, tiles.stages), attended
 
@@ -135,7 +135,7 @@ def queries_launch(
     tiles = BACKWARD_QUERIES[q.element_size()]
     arguments = _inputs(segment, cached)
     arguments |= {"out": attended.out, "lse": attended.lse, "grad_out": grad_out, "delta": delta, "grad_q": grad_q}
-    constants = _constants(q, tiles) | {"RUNS": len(arguments["runs"]) // 2, "OWN": own_part is None}
+    constants = _constants(q, tiles) | {"RUNS": len(cached.runs) // 2 if cached else 0, "OWN": own_part is None}
     grid = (triton.cdiv(queries, tiles.queries), samples * heads)
     return Launch(backward_queries, grid, arguments, constants, tiles.warps, tiles.stages), grad_q, delta
 

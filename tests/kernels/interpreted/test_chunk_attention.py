@@ -210,5 +210,6 @@ def test_what_kernels_cannot_do_is_refused_in_one_line() -> None:
     refused("at most 128", *(lambda x: (x, (x, x)))(torch.zeros(1, 2, 1, 129)))
     refused("no pairs", q, (k, v), Cached(store[0], store[1], (0, 171)))
     refused("no pairs", q, (k, v), Cached(store[0], store[1], (5, 5)))
+    refused("at most 3", q, (k, v), Cached(store[0], store[1], (0, 1, 2, 3, 4, 5, 6, 7)))
     refused("no copy is made", q, (k, v), Cached(store[0].flip(1)[:, ::2], store[1].flip(1)[:, ::2], (0, 9)))
     refused("detach them", q, (k, v), Cached(store[0].requires_grad_(), store[1], case.runs))
