@@ -15,8 +15,18 @@ from mirai_dist.commands.arguments import VERBS as DELEGATED
 # verb -> (module that holds `configure(parser)` and `run(arguments) -> int`, help)
 OWN = {
     "train": ("mirai_launch.verbs.train", "check a recipe, then train it on local ranks, under torchrun or under srun"),
+    "plan": ("mirai_launch.verbs.plan", "memory, FLOPs, traffic, seconds and GPU-hours of a run, before it is queued"),
     "submit": ("mirai_launch.verbs.submit", "queue a recipe on a SLURM cluster, as a batch script that you can read"),
+    "doctor": ("mirai_launch.verbs.doctor", "look at this machine: software, GPUs, network, limits, storage"),
     "check": ("mirai_launch.verbs.check", "print the resolved recipe with the origin of every value"),
+    "status": ("mirai_launch.verbs.status", "where a run stands: stage, pace, checkpoint, failure, next command"),
+    "logs": ("mirai_launch.verbs.logs", "what a rank has said, or what the failed ranks died of"),
+    "stop": ("mirai_launch.verbs.stop", "a running job saves and ends, now or after a cycle"),
+    "save": ("mirai_launch.verbs.save", "a running job writes a checkpoint and goes on"),
+    "profile": ("mirai_launch.verbs.profile", "a trace of one rank for a few cycles of a running job"),
+    "stacks": ("mirai_launch.verbs.stacks", "where every rank stands, also when the job hangs"),
+    "cancel": ("mirai_launch.verbs.cancel", "end a run's jobs, running and waiting"),
+    "requeue": ("mirai_launch.verbs.requeue", "put a run that ended back into the queue"),
 }
 VERBS = {verb: text for verb, (_, text) in OWN.items()} | {name: verb.help for name, verb in DELEGATED.items()}
 USAGE_ERROR = 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 
@@ -29,6 +31,20 @@ def two_columns(rows: Iterable[tuple[str, str]]) -> None:
         line = Text(left)
         line.append(right.rjust(width - len(left)) if right else "", style="dim")
         _print(console, line)
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table, its first column left and the others right; as wide as its content where nobody can see its end."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(header):
+        shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    console.print(shown)
 
 
 def _print(console: Console, text: Text) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mirai_dist.config import RecipeError
+from mirai_dist.node import transport
 
 CPU_RANKS = 2
 
@@ -22,6 +23,8 @@ class Request:
     run_dir: Path
     resume: str = "auto"
     nproc: int | None = None
+    preflight: str = "auto"
+    expected: str = ""
     overrides: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -41,7 +44,13 @@ def prepare(request: Request, env: Mapping[str, str], gpus: int) -> Launch:
     gpus: how many this process sees. Variables the site has set are kept as they are.
     """
     ours = ["-m", "mirai_dist", "--recipe", str(request.recipe), "--run-dir", str(request.run_dir)]
-    ours += ["--resume", request.resume, *(f"--only={step}" for step in request.only), *request.overrides]
+    ours += ["--resume", request.resume, *(f"--only={step}" for step in request.only)]
+    if request.preflight != "auto":
+        ours += ["--preflight", request.preflight]
+    if request.expected:
+        ours += ["--expect-transport", request.expected]
+        env = {**env, **transport.wanted(env, request.run_dir / "logs")}
+    ours += request.overrides
     started = started_ranks(env)
     if started is not None:
         if request.nproc not in (None, started):

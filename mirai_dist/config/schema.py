@@ -320,6 +320,11 @@ class Parallel:
     sync_every_micro_batch: bool = key(
         False, help="reduce gradients after each micro-batch (less memory) or the last one only"
     )
+    over_memory: str = key(
+        "refuse",
+        help="what a run does at its start where `mirai plan` predicts more memory than the device has",
+        choices=("refuse", "warn"),
+    )
     attention: str = key(
         "auto",
         help="what computes dense attention; auto: the fastest that is found exact on this machine; sdpa: torch's own "

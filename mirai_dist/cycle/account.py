@@ -16,7 +16,7 @@ from typing import Any
 
 from mirai_dist.config import Resolved
 from mirai_dist.config.digest import digest
-from mirai_dist.cycle.pipeline import Job
+from mirai_dist.config.jobs import Job
 from mirai_dist.evaluate.charts import LineChart
 from mirai_dist.evaluate.report import AlarmChange, Provenance, RunAlarms, StageCurves, Timing, series_of
 from mirai_dist.method.health import GATES, bucket_names

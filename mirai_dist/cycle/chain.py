@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from mirai_dist.config import RecipeError, Resolved
+from mirai_dist.config.jobs import Job, is_done, jobs
 from mirai_dist.config.steps import REPORT, gate_before
 from mirai_dist.cycle import gate
-from mirai_dist.cycle.pipeline import Job, Place, is_done, jobs, train
+from mirai_dist.cycle.pipeline import Place, train
 
 
 def run_chain(resolved: Resolved, place: Place, steps: Sequence[str]) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from mirai_dist.config import FileError, RecipeError, schema
 from mirai_dist.config.gates import Interval, bounds_of, has_reference
+from mirai_dist.config.jobs import Job
 from mirai_dist.cycle.cycle import Stopped
 from mirai_dist.cycle.encoders import clips_of
-from mirai_dist.cycle.pipeline import Job, Place, open_pairs, run_on
+from mirai_dist.cycle.pipeline import Place, open_pairs, run_on
 from mirai_dist.cycle.stages import Run
 from mirai_dist.cycle.starts import Source, Started, fill, identity, source_of
 from mirai_dist.cycle.studio import Studio, gathered

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any
 
 import torch
 
-from mirai_dist.config import Resolved, schema
 from mirai_dist.config.digest import digest
+from mirai_dist.config.jobs import DONE, Job, is_done
 from mirai_dist.cycle.cycle import Loop
+from mirai_dist.cycle.desk import Desk
 from mirai_dist.cycle.encoders import (
     CaptionSource,
     WorldClips,
@@ -42,6 +42,9 @@ from mirai_dist.data.lmdb_files import LmdbClips
 from mirai_dist.data.prompts import PromptFile
 from mirai_dist.observe.console import Console
 from mirai_dist.observe.sinks import Sinks
+from mirai_dist.observe.slow import SlowRanks
+from mirai_dist.observe.waits import Waits
+from mirai_dist.operate.events import Events
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
 from mirai_dist.parallel.mesh import build_mesh
 from mirai_dist.runtime.bootstrap import World
@@ -50,39 +53,19 @@ from mirai_dist.state.draws import Draws
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training run of the pipeline: a stage as its own recipe has it, of the study's stage one arm and seed."""
-
-    stage: str
-    title: str
-    directory: Path
-    recipe: schema.Recipe
-    seed: int
-    arm: str = ""
-
-
-@dataclass(frozen=True)
 class Place:
-    """Where and with whom the pipeline runs."""
+    """Where and with whom the pipeline runs. hosts: of each rank, empty where nobody asked."""
 
     ranks: World
     run_dir: Path
     console: Console
     stop: StopRequest
+    hosts: tuple[str, ...] = ()
 
-
-def jobs(resolved: Resolved, run_dir: Path) -> Iterator[Job]:
-    """Every training run of the recipe, in order; seeds outside arms, so that each seed's arms end together."""
-    recipe = resolved.recipe
-    for name in recipe.stages:
-        directory = run_dir / "stages" / name
-        if name != recipe.study_stage:
-            yield Job(name, name, directory, resolved.of_stage(name).recipe, recipe.seed)
-            continue
-        for seed in recipe.study.seeds:
-            for arm in recipe.study.arms:
-                own = resolved.of_arm(arm).recipe
-                yield Job(name, f"{name} {arm} seed {seed}", directory / arm / f"seed-{seed}", own, seed, arm)
+    @property
+    def events(self) -> Events:
+        """Where rank 0 says what happens to the run."""
+        return Events(self.run_dir if self.ranks.rank == 0 else None)
 
 
 def make_run(job: Job, place: Place) -> Run:
@@ -92,8 +75,9 @@ def make_run(job: Job, place: Place) -> Run:
 
 def run_on(job: Job, place: Place, pairs: LatentStore | LmdbClips | None) -> Run:
     """The same on these trajectories, or without any."""
-    recipe, ranks = job.recipe, place.ranks
-    engine = FsdpEngine(build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type), ranks.device)
+    recipe, ranks, waits = job.recipe, place.ranks, Waits(place.ranks.device)
+    mesh = build_mesh(ranks.world_size, recipe.parallel.replicas, ranks.device.type)
+    engine = FsdpEngine(mesh, ranks.device, waits.collective)
     clips = clips_of(recipe, ranks.device) if needs_clips(job) else None
     captions: CaptionSource = clips.captions_source if clips else pairs or PromptFile(Path(recipe.data.prompts))
     conditions = sharded(conditions_of(recipe, captions, ranks.device), recipe, engine)
@@ -109,6 +93,7 @@ def run_on(job: Job, place: Place, pairs: LatentStore | LmdbClips | None) -> Run
         clips.world if isinstance(clips, WorldClips) else None,
         clips,
         pairs,
+        waits,
     )
 
 
@@ -145,27 +130,37 @@ def train(job: Job, place: Place) -> None:
     stage: Stage = STAGES[job.recipe.stages[job.stage].kind](job.stage, run, starts)
     for role, origin in stage.started.items():
         place.console.say(f"{job.title}: {role} from {origin}")
-    saver = Saver(
-        job.directory / "checkpoints", job.recipe.checkpoint, digest(job.recipe), place.ranks.rank, place.console
-    )
+    saver = saver_of(job, place)
     saver.resume(stage)
+    place.events.write("begun", stage=job.title, cycles=job.cycles, cycle=stage.cycle)
     with closing(Sinks.of_stage(place.ranks.rank, job.directory)) as sinks:
         sinks.text("effective", f"```\n{(place.run_dir / 'effective.yaml').read_text()}```", stage.cycle)
         gallery = Gallery(job.directory, sinks)
-        Loop(saver, Watch(place.console, sinks), gallery, place.stop).run(stage, job.title)
+        desk = Desk(place.run_dir, place.ranks.rank, place.ranks.world_size, place.stop, job.title)
+        slow = SlowRanks(place.hosts, place.ranks.world_size // job.recipe.parallel.replicas)
+        watch = Watch(place.console, sinks, desk, slow, place.events)
+        Loop(saver, watch, gallery, desk).run(stage, job.title)
         gallery.stage_ended(stage)
     if place.ranks.rank == 0:
         mark_done(job, {"cycles": stage.cycle, "seconds": time.time() - started})
+        place.events.write("finished", stage=job.title, cycles=stage.cycle)
 
 
-def is_done(job: Job) -> bool:
-    """Whether a job ran all the cycles that the recipe asks for; a recipe with more cycles goes on."""
-    marker = job.directory / "DONE"
-    return marker.exists() and json.loads(marker.read_text())["cycles"] >= job.recipe.stages[job.stage].cycles
+def saver_of(job: Job, place: Place) -> Saver:
+    """Checkpoints of one job."""
+    return Saver(
+        job.directory / "checkpoints",
+        job.recipe.checkpoint,
+        digest(job.recipe),
+        place.ranks.rank,
+        place.console,
+        place.events,
+        job.title,
+    )
 
 
 def mark_done(job: Job, summary: dict[str, Any]) -> None:
     """Write the marker; a job interrupted before this resumes at its last checkpoint."""
-    beside = job.directory / "DONE.new"
+    beside = job.directory / f"{DONE}.new"
     beside.write_text(json.dumps(summary))
-    beside.replace(job.directory / "DONE")
+    beside.replace(job.directory / DONE)

@@ -8,18 +8,21 @@ from pathlib import Path
 from mirai_dist.config import schema
 from mirai_dist.cycle.stages import Stage
 from mirai_dist.observe.console import Console
+from mirai_dist.operate.events import Events
 from mirai_dist.state import checkpoint, commit
 
 
 @dataclass(frozen=True)
 class Saver:
-    """Committed checkpoints of one stage under `root`."""
+    """Committed checkpoints of one stage under `root`. title: of the stage (or arm and seed of one), for `events`."""
 
     root: Path
     settings: schema.Checkpoint
     digest: str
     rank: int
     console: Console
+    events: Events = Events()
+    title: str = ""
 
     def due(self, stage: Stage) -> bool:
         """Whether the cycle that just ended is one to save after."""
@@ -41,6 +44,7 @@ class Saver:
             checkpoint.save(path, stage.state(), passport)
             if self.rank == 0:
                 commit.retain(self.root, self.settings.keep, verified=path)
+        self._tell("saved", stage, path)
 
     def resume(self, stage: Stage) -> bool:
         """Load the newest complete checkpoint; False when nothing was ever saved.
@@ -64,4 +68,11 @@ class Saver:
         checkpoint.load(path, state, wanted, stage.run.draws.device)
         stage.after_load(state.samples)
         self.console.say(f"{stage.name}: resumed at cycle {stage.cycle} position {stage.position} from {path.name}")
+        self._tell("resumed", stage, path)
         return True
+
+    def _tell(self, event: str, stage: Stage, path: Path) -> None:
+        checkpoint = self.events.relative(path)
+        self.events.write(
+            event, stage=self.title, cycle=stage.cycle, position=stage.position, checkpoint=checkpoint
+        )

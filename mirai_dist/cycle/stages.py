@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from mirai_dist.models.wan import KVCache
 from mirai_dist.observe.alarms import Alarms, Change, dmd_alarms
 from mirai_dist.observe.ledger import Ledger
 from mirai_dist.observe.metrics import Metrics
+from mirai_dist.observe.waits import Waits
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
 from mirai_dist.state.checkpoint import TrainState
 from mirai_dist.state.cursor import BatchLayout, Cursor, samples_of_rank
@@ -60,7 +61,7 @@ class Run:
     """What all stages of a run share: recipe, ranks, engine, keyed randomness, what samples are conditioned on.
 
     world: the procedural world, where clips and captions come from it. clips: clean latents, for stages that need
-    them. pairs: trajectories, for ode stages.
+    them. pairs: trajectories, for ode stages. waits: how long this rank's engine waited in collectives.
     """
 
     recipe: schema.Recipe
@@ -72,6 +73,7 @@ class Run:
     world: World | None = None
     clips: WorldClips | StoredClips | None = None
     pairs: LatentStore | LmdbClips | None = None
+    waits: Waits = field(default_factory=Waits)
 
     @cached_property
     def vae(self) -> Vae:

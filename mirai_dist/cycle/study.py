@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mirai_dist.config import RecipeError, Resolved, schema
 from mirai_dist.config.digest import to_yaml
+from mirai_dist.config.jobs import Job, jobs
 from mirai_dist.cycle import account, gate
-from mirai_dist.cycle.pipeline import Job, Place, jobs, make_run
+from mirai_dist.cycle.pipeline import Place, make_run
 from mirai_dist.cycle.roles import Builder, Role
 from mirai_dist.cycle.stages import Run
 from mirai_dist.cycle.starts import fill, starts_of

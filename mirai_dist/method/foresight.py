@@ -8,50 +8,14 @@ timestep 0. The target of segment i is the mean of the features of segments i + 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What the paper and the authors' release compute differently (spec 7.3).
-
-    extra_blocks: the release reads the output of block *index* L, one block later than the paper's L blocks.
-    constant: 1 - cos in the paper, -cos in the release (same gradient).
-    wide_fusion: fuse and compare in float32; the release works in the features' own dtype.
-    gated_predictor: six learned vectors a predictor block, starting at zero, as the release's AdaLN amounts to.
-    bf16_predictor: the release stores predictor masters in bfloat16, where most updates round away.
-    replay_after_generator: whether the critic update next to the generator update replays too (paper: all).
-    """
-
-    extra_blocks: int
-    constant: float
-    wide_fusion: bool
-    gated_predictor: bool
-    bf16_predictor: bool
-    replay_after_generator: bool
-
-
-PRESETS = {
-    "paper": Arithmetic(0, 1.0, True, False, False, True),
-    "release": Arithmetic(1, 0.0, False, True, True, False),
-}
-
-
-def captured_blocks(blocks: int, depth: float, arithmetic: Arithmetic) -> int:
-    """Blocks executed before the residual stream is read: 15 of 30 and 20 of 40 at depth 0.5 (release: +1).
-
-    At least one and at most all.
-    """
-    return min(blocks, max(1, round(blocks * depth) + arithmetic.extra_blocks))
-
-
-def supervised_segments(segments: int, offsets: Sequence[int]) -> list[int]:
-    """Segments that have at least one valid target."""
-    return [i for i in range(segments) if any(i + k < segments for k in offsets)]
+from mirai_dist.method.arithmetic import PRESETS as PRESETS
+from mirai_dist.method.arithmetic import Arithmetic, supervised_segments
+from mirai_dist.method.arithmetic import captured_blocks as captured_blocks
 
 
 def fuse_targets(features: Tensor, segments: int, offsets: Sequence[int], arithmetic: Arithmetic) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mirai_dist.method.arithmetic import kept_frames as kept_frames
 from mirai_dist.method.flow import add_noise, clean_from_velocity
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
@@ -180,24 +181,6 @@ def segments(
                 leaked = {start: each for start, each in leaked.items() if start in seen}
         if first < given:
             yield Segment(clean, None)
-
-
-def kept_frames(total: int, trained: int, per_segment: int, window: int, sink: int = 0) -> int:
-    """Latent frames a cache must hold for rollouts of `total` frames with gradient on the last `trained` ones.
-
-    window: past frames a segment sees, 0 for all; sink: how many of them are the video's first. Segments with a graph
-    see the last trained - per_segment + window frames, so a ring of those loses nothing that backward reads. It is
-    made larger where they would not lie in one piece: each segment would be shown a copy, which lives until its
-    backward. With sinks that move there is a copy anyway, and where the window is the sinks alone, no ring.
-    """
-    every, seen = total - per_segment, trained - per_segment + window
-    if not window or window == sink or seen >= every:
-        return every
-    if sink:
-        return seen
-    before = total - trained - window  # frames that no segment with a graph sees
-    whole = (held for held in range(seen, every, per_segment) if before % held + seen <= held)
-    return next(whole, every)
 
 
 def _checked_given(settings: RolloutSettings, inputs: RolloutInputs) -> int:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mirai_dist.method.arithmetic import outputs_of_predictor as outputs_of_predictor
 from mirai_dist.method.foresight import Arithmetic, cosine, fuse_targets, supervised_segments
 
 FUSIONS = ("none", "frames", "offsets")
@@ -40,11 +41,6 @@ class Clip(NamedTuple):
 
     segments: int
     frames: int
-
-
-def outputs_of_predictor(fusion: str, offsets: Sequence[int]) -> int:
-    """How many answers [.., D] the predictor gives for each token: its width is this many times the encoder's."""
-    return 1 if fusion == "offsets" else len(offsets)
 
 
 def ground_truth_targets(

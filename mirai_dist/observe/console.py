@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
+LARGEST = 16 << 20  # bytes of a rank's log; the file and the one before it are kept
 _PACE_CYCLES = 20  # the pace shown is the mean over this many last cycles
 
 
@@ -45,6 +46,7 @@ class Console:
         self._clock = clock
         log_path = Path(log_path)
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = log_path
         self._log = log_path.open("a", encoding="utf-8")
         self._lock = threading.RLock()  # the watchdog speaks from its own thread
         self._stream = (stream or sys.stdout) if rank == 0 else None
@@ -122,6 +124,12 @@ class Console:
         if self._log.closed:
             return  # said after close(): the stream still gets it
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        if self._log.tell() > LARGEST:
+            self._log.close()
+            before = self._path.with_suffix(".log.1")
+            self._path.replace(before)
+            self._log = self._path.open("a", encoding="utf-8")
+            self._log.write(f"{stamp} {self._prefix} continued from {before.name}\n")
         self._log.writelines(f"{stamp} {self._prefix} {line}\n" for line in lines)
         self._log.flush()
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mirai_dist.observe.waits import Waits
+
 UNACCOUNTED = "unaccounted"
 _NANOSECONDS = 1_000_000_000
 
@@ -19,14 +21,20 @@ class Ledger:
     exactly.
 
     clock: seconds, monotonic. on_phase: called with the name of the phase that is now innermost, each time
-    that changes ("" when none is open); a progress bar listens here.
+    that changes ("" when none is open); a progress bar listens here. waits: is told the phase too, and knows what
+    part of it this rank waited in collectives.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, on_phase: Callable[[str], None] | None = None
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] | None = None,
+        waits: Waits | None = None,
     ) -> None:
         self._clock = clock
         self._on_phase = on_phase
+        self._waits = waits or Waits()
+        self._waits.phase = UNACCOUNTED
         self._stack: list[str] = []
         self._spent: dict[str, int] = {}
         self._mark = self._now()
@@ -41,6 +49,7 @@ class Ledger:
         self._mark = now
 
     def _announce(self) -> None:
+        self._waits.phase = self._stack[-1] if self._stack else UNACCOUNTED
         if self._on_phase is not None:
             self._on_phase(self._stack[-1] if self._stack else "")
 
@@ -58,6 +67,12 @@ class Ledger:
             self._charge()
             self._stack.pop()
             self._announce()
+
+    def own_seconds(self) -> dict[str, float]:
+        """Seconds of each phase of the cycle so far, less what this rank waited in collectives; once a cycle."""
+        self._charge()
+        waited = self._waits.take()
+        return {name: spent / _NANOSECONDS - waited.get(name, 0.0) for name, spent in self._spent.items()}
 
     def close_cycle(self) -> dict[str, float]:
         """Seconds of each phase since the last close (or construction), in order of first use, and "unaccounted".

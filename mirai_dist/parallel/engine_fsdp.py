@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mirai_dist.parallel.apply import apply
 from mirai_dist.parallel.materialize import allocate
+from mirai_dist.parallel.timed import Around, time_collectives
 from mirai_dist.plan.shards import ShardPlan
 
 
@@ -25,23 +27,25 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class FsdpEngine:
-    """Builds and steps networks sharded over one mesh."""
+    """Builds and steps networks sharded over one mesh. waiting: put around each collective (parallel/timed.py)."""
 
     mesh: DeviceMesh
     device: torch.device
+    waiting: Around = nullcontext
 
     def build(self, network: nn.Module, plan: ShardPlan, fill: Callable[[nn.Module], None]) -> nn.Module:
         """Shard a meta-device network by its plan, allocate it and fill it (with draws or from a file), each rank
         its own shards; frozen plans hold compute-dtype parameters."""
         network.to(getattr(torch, plan.storage_dtype))
-        apply(network, plan, self.mesh)
+        self.shard(network, plan)
         allocate(network, self.device)
         fill(network)
         return network
 
     def shard(self, network: nn.Module, plan: ShardPlan) -> None:
-        """Shard a frozen network that is on the device already, so that each rank keeps its part alone."""
+        """Shard a network; one that is on the device already keeps each rank's part alone."""
         apply(network, plan, self.mesh)
+        time_collectives(network, self.waiting)
 
     def accumulate(self, network: nn.Module, plan: ShardPlan, last: bool) -> None:
         """Announce a micro-batch: gradients are reduced over ranks after the last one only, unless planned."""
@@ -51,7 +55,8 @@ class FsdpEngine:
     def norm(self, network: nn.Module) -> Tensor:
         """Global gradient norm, equal on all ranks. Raises NonFiniteError, on all ranks alike, if it is not finite."""
         norm = get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        with self.waiting():
+            whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(whole):
             raise NonFiniteError(f"gradient norm is {whole.item()}")
         return whole

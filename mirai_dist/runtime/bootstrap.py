@@ -22,7 +22,7 @@ from mirai_dist.runtime.rendezvous import number as _number
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all ranks. `local_rank`, `local_size`: among those on this host."""
+    """This rank among all ranks. `local_rank`, `local_size`: among those on this host. `store`: that they share."""
 
     rank: int
     local_rank: int
@@ -30,6 +30,7 @@ class World:
     local_size: int
     host: str
     device: torch.device
+    store: dist.Store
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,19 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _connect(place, host, timeout)
+    store = connect(place, host, timeout)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
     if dist.get_world_size() != place.world_size or dist.get_rank() != place.rank:
         found, said = (dist.get_rank(), dist.get_world_size()), (place.rank, place.world_size)
         raise LaunchError(f"{host}: (rank, ranks) of the process group are {found}; {place.launcher} said {said}")
-    return World(place.rank, place.local_rank, place.world_size, place.local_size, host, device)
+    return World(place.rank, place.local_rank, place.world_size, place.local_size, host, device, store)
+
+
+def hosts(world: World) -> tuple[str, ...]:
+    """Host of every rank. Collective."""
+    found = [""] * world.world_size
+    dist.all_gather_object(found, world.host)
+    return tuple(found)
 
 
 def stop(world: World) -> None:
@@ -131,13 +139,17 @@ def _slurm(env: Mapping[str, str]) -> Place:
     )
 
 
-def _connect(place: Place, host: str, timeout: timedelta) -> dist.Store:
+def connect(place: Place, host: str, timeout: timedelta, everybody: bool = True) -> dist.Store:
+    """The store of all ranks, which rank 0 serves. everybody: rank 0 goes on only when all ranks are connected.
+
+    Raises LaunchError if the address cannot be listened at or reached within `timeout`.
+    """
     # torchrun's agent already serves a store at this address; we join it under the names of this process group.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listens = place.rank == 0 and not agent
     end = f"{place.address}:{place.port}"
     try:
-        store = dist.TCPStore(place.address, place.port, place.world_size, listens, timeout=timeout)
+        store = dist.TCPStore(place.address, place.port, place.world_size, listens, timeout, everybody)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if listens:

@@ -14,9 +14,13 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from mirai_dist.operate import events
+from mirai_dist.runtime import outlet
 
 FAILED = 1
 REQUEUE = 10
@@ -55,6 +59,37 @@ def guarded(main: Callable[[], int | None], run_dir: Path, rank: int | None = No
         leave(error, run_dir, environment_rank() if rank is None else rank)
 
 
+@contextmanager
+def ending(run_dir: Path, rank: int) -> Iterator[None]:
+    """Write down, once for all ranks, how a run ends whose directory is known to be its own: done, stopped, failed."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            _write_end(error, run_dir, rank)
+        except OSError as full:
+            error.add_note(f"no event of it ({full})")
+        raise
+    if rank == 0:
+        events.append_end(run_dir, "done")
+
+
+def _write_end(error: BaseException, run_dir: Path, rank: int) -> None:
+    if _class_code(error) == REQUEUE:
+        if rank == 0:
+            events.append_end(run_dir, "stopped", by=str(error))
+        return
+    events.append_end(
+        run_dir,
+        "failed",
+        host=socket.gethostname(),
+        rank=rank,
+        error=" ".join(f"{type(error).__name__}: {error}".split()),
+        exit_code=exit_code(error),
+        record=f"logs/{_record_path(run_dir, rank).name}",
+    )
+
+
 def leave(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
     """Record the exception, say one line on standard error and end the process at once.
 
@@ -77,7 +112,9 @@ def leave(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
 
 def _tell(error: BaseException, where: str, run_dir: Path, rank: int) -> None:
     own = _class_code(error)
-    if own == DO_NOT_REQUEUE and rank != 0 and _rank_zero_tells(error, run_dir):
+    # A suspect node is told by each rank that saw it, unless all saw the same.
+    shared = own == DO_NOT_REQUEUE or getattr(error, "shared", False)
+    if shared and rank != 0 and _rank_zero_tells(error, run_dir):
         return
     if own not in (DO_NOT_REQUEUE, SUSPECT_NODE):
         traceback.print_exception(error, file=sys.stderr)
@@ -86,7 +123,7 @@ def _tell(error: BaseException, where: str, run_dir: Path, rank: int) -> None:
 
 def _say(rank: int, text: str) -> None:
     # Not through the console: it may be what failed, or hold a lock that nobody will give back.
-    sys.stderr.write(f"{socket.gethostname()}:{rank} {' '.join(text.split())}\n")
+    outlet.tell_console(f"{socket.gethostname()}:{rank} {' '.join(text.split())}")
 
 
 def _rank_zero_tells(error: BaseException, run_dir: Path) -> bool:

@@ -1,7 +1,8 @@
 """Requests to stop, from signals or from a STOP file, and the ranks' agreement on them.
 
-A handler only sets a flag; the loop asks at its cycle positions, where stopping is safe. SLURM often sends TERM
-twice and torchrun passes signals on, so a repeated signal means no more than the first.
+A handler only sets a flag; the loop asks at its cycle positions, where stopping is safe. There the flags of all ranks
+meet in the reduction of the metrics (cycle/desk.py); `agreed` is for where there is none. SLURM often sends TERM twice
+and torchrun passes signals on, so a repeated signal means no more than the first.
 
 torch is imported on use: the handlers must stand before the seconds that its import takes.
 """

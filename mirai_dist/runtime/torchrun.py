@@ -12,11 +12,15 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from mirai_dist.config import RecipeError
+from mirai_dist.operate import status
 from mirai_dist.runtime.guard import DO_NOT_REQUEUE, FAILED, REQUEUE, SUSPECT_NODE
 from mirai_dist.runtime.signals import SIGNALS
 
@@ -145,6 +149,18 @@ def main(arguments: list[str]) -> int:
                 held.tell()
 
 
+def summary(arguments: list[str], since: float) -> list[str]:
+    """The state of the run that these arguments have started on this machine alone, on one screen; empty where none
+    has begun. A job of several nodes is summed up by its batch script."""
+    if "--standalone" not in arguments or "--run-dir" not in arguments:
+        return []
+    try:
+        found = status.of(Path(arguments[arguments.index("--run-dir") + 1]))
+    except RecipeError:
+        return []  # the ranks have said what is wrong with it
+    return status.lines(found) if found.started is not None and found.started > since else []
+
+
 def _agent(forwarder: Forwarder) -> type:
     """torchrun's agent, which tells `forwarder` what it starts."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -159,5 +175,14 @@ def _agent(forwarder: Forwarder) -> type:
     return Agent
 
 
+def main_with_summary(arguments: list[str]) -> int:
+    """The same, and the state of the run when it is over."""
+    since = time.time()
+    code = main(arguments)
+    sys.stdout.write("".join(f"{line}\n" for line in summary(arguments, since)))
+    sys.stdout.flush()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main_with_summary(sys.argv[1:]))

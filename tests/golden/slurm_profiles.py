@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mirai_dist.config.cluster import Cluster, Container, Gpus, Variable, load_cluster
@@ -73,6 +74,7 @@ def profiles() -> dict[str, tuple[Batch, Cluster]]:
         "bare": (batch(1, time="60"), bare),
         "local-test": (batch(2, time="10"), load_cluster(CLUSTERS / "local-test.yaml")),
         "spare-nodes": (batch(spare=2), infiniband),
+        "transport": (batch(spare=1), replace(task, preflight="always", expect_transport=["ib", "nvlink"])),
         "array": (batch(1, sweep=Sweep(("seed=1", "seed=2", "seed=3"), 2)), infiniband),
         "chain-step": (batch(step="distil.gate"), infiniband),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -83,7 +84,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of a run that came to its end."""
     run_dir = tmp_path_factory.mktemp("done") / "run"
-    code, said = ended(train(recipe, run_dir))
+    code, said = ended(train(recipe, run_dir, "--preflight", "always", "--expect-transport", "gloo"))
     assert (code, said) == (0, [])
     return run_dir
 
@@ -92,6 +93,22 @@ def done(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_dir(done: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+def test_a_pre_flight_leaves_its_record_and_one_line(done: Path) -> None:
+    record = json.loads((done / "preflight.json").read_text())
+    assert record["verdict"] in ("pass", "warn") and len(record["ranks"]) == 2
+    assert all(rank["transport"]["inside_the_host"] == ["gloo"] for rank in record["ranks"])
+    log = (done / "logs/rank-0.log").read_text()
+    assert log.count(f"pre-flight ({record['seconds']} s): {record['verdict']}: {record['line']}") == 1
+
+
+def test_a_transport_that_is_not_used_is_one_line(recipe: Path, run_dir: Path) -> None:
+    code, said = ended(train(recipe, run_dir, LONG, "--expect-transport", "nvlink"))
+    assert code == 20
+    [line] = said
+    assert ":0 NotFit: pre-flight: " in line and "gloo inside the host, expected nvlink" in line
+    assert json.loads((run_dir / "preflight.json").read_text())["verdict"] == "fail"
 
 
 def test_a_stop_is_saved_and_told_once(recipe: Path, run_dir: Path) -> None:

@@ -11,12 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
+from mirai_dist.config.jobs import Job
 from mirai_dist.cycle import account, phases
-from mirai_dist.cycle.cycle import Alarmed, Loop, Stopped
-from mirai_dist.cycle.gallery import Gallery
-from mirai_dist.cycle.pipeline import Job
-from mirai_dist.cycle.saver import Saver
-from mirai_dist.cycle.watch import Watch
+from mirai_dist.cycle.cycle import Alarmed, Stopped
 from mirai_dist.evaluate.report import AlarmChange, RunAlarms
 from mirai_dist.method import health
 from mirai_dist.observe.sinks import Sinks
@@ -115,12 +112,6 @@ ALARMED = (*ONE_BLOCK, "alarms.warmup_cycles=1", "alarms.window_cycles=1", "alar
 POSITIONS = 3
 
 
-def loop(stage: Any, folder: Path, sinks: Sinks) -> Loop:
-    saver = Saver(folder / "checkpoints", stage.recipe.checkpoint, "recipe", stage.run.rank, tiny.console(folder))
-    saver.resume(stage)
-    return Loop(saver, Watch(tiny.console(folder), sinks), Gallery(folder, sinks), StopRequest())
-
-
 def run(folder: Path, *overrides: str, stop_before: int = 0) -> Any:
     """The dmd stage from where it stands in `folder`; a stop is asked for before this position of this start."""
     recipe = tiny.recipe(*ALARMED, *overrides)
@@ -128,11 +119,13 @@ def run(folder: Path, *overrides: str, stop_before: int = 0) -> Any:
     def body(rank: int) -> Any:
         stage = tiny.stage_of(recipe, "distil", run_dir=folder)
         with closing(Sinks.of_stage(rank, folder)) as sinks:
-            looped = loop(stage, folder, sinks)
+            stop = StopRequest()
+            looped = tiny.loop_of(stage, folder, sinks, stop)
+            looped.saver.resume(stage)
             if stop_before:
                 step = stage.step
                 taken = iter(range(1, 1000))
-                stage.step = lambda: (step(), next(taken) == stop_before and looped.stop.ask("a test"))
+                stage.step = lambda: (step(), next(taken) == stop_before and stop.ask("a test"))
             looped.run(stage, "distil")
         return stage.alarms.state()
 

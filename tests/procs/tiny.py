@@ -21,13 +21,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mirai_dist.config import load, schema
+from mirai_dist.config.jobs import Job
 from mirai_dist.cycle import roles
-from mirai_dist.cycle.pipeline import Job, Place, make_run
+from mirai_dist.cycle.cycle import Loop
+from mirai_dist.cycle.desk import Desk
+from mirai_dist.cycle.gallery import Gallery
+from mirai_dist.cycle.pipeline import Place, make_run
+from mirai_dist.cycle.saver import Saver
 from mirai_dist.cycle.stages import STAGES, Run, Stage
 from mirai_dist.cycle.starts import Starts
+from mirai_dist.cycle.watch import Watch
 from mirai_dist.models import predictor
 from mirai_dist.models.wan import model as wan_model
 from mirai_dist.observe.console import Console
+from mirai_dist.observe.sinks import Sinks
+from mirai_dist.observe.slow import SlowRanks
+from mirai_dist.operate.events import Events
 from mirai_dist.parallel.engine_fsdp import FsdpEngine
 from mirai_dist.plan.shards import ShardPlan
 from mirai_dist.runtime.bootstrap import World
@@ -107,7 +116,8 @@ def console(folder: Path) -> Console:
 def run_of(recipe: schema.Recipe, seed: int = SEED, stage: str = "distil", run_dir: Path = Path()) -> Run:
     """What stages share, on this rank of the present process group, made as the pipeline makes it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    place = Place(World(rank, rank, ranks, ranks, "here", CPU), run_dir, None, StopRequest())  # type: ignore[arg-type]
+    world = World(rank, rank, ranks, ranks, "here", CPU, store=None)  # type: ignore[arg-type]  # stages need none
+    place = Place(world, run_dir, None, StopRequest())  # type: ignore[arg-type]
     return make_run(Job(stage, "", Path(), recipe, seed), place)
 
 
@@ -123,9 +133,18 @@ def stage_of(recipe: schema.Recipe, name: str, engine: type[FsdpEngine] = FsdpEn
     """A stage on this rank without parents, its networks sharded over the present process group."""
     run = run_of(recipe, seed, name, run_dir)
     wide = recipe.parallel.compute_dtype == "float64"
-    run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device),
+    run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device, run.engine.waiting),
                               draws=(WideDraws if wide else Draws)(seed, CPU))
     return STAGES[recipe.stages[name].kind](name, run, Starts())
+
+
+def loop_of(stage: Stage, folder: Path, sinks: Sinks, stop: StopRequest, hosts: Sequence[str] = ()) -> Loop:
+    """The loop of a stage that keeps everything in `folder`, as the pipeline makes it."""
+    rank, ranks = stage.run.rank, stage.run.ranks
+    screen, events = console(folder), Events(folder if rank == 0 else None)
+    saver = Saver(folder / "checkpoints", stage.recipe.checkpoint, "recipe", rank, screen, events, stage.name)
+    desk = Desk(folder, rank, ranks, stop, stage.name)
+    return Loop(saver, Watch(screen, sinks, desk, SlowRanks(hosts), events), Gallery(folder, sinks), desk)
 
 
 def train(stage: Stage, positions: int) -> list[dict[str, float]]:

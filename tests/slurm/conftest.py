@@ -42,7 +42,6 @@ name: tests
 gpus: {per_node: 0, form: none}
 exclusive: false
 time: '10'
-requeues: 2
 meeting: 20
 environment:
   OMP_NUM_THREADS: {value: '1', reason: all nodes share the cores of one machine}
@@ -130,7 +129,8 @@ class Submit:
         """arguments: options and overrides. site: keys of the cluster file. expect: the exit code."""
         recipe, file, run_dir = self.folder / "recipe.yaml", self.folder / f"{name}-cluster.yaml", self.folder / name
         recipe.write_text(RECIPE.format(root=ROOT) + stages)
-        keys = {"partition": "main", "warning": "60", "launch": launch, "python": sys.executable, **site}
+        keys = {"partition": "main", "warning": "60", "launch": launch, "python": sys.executable}
+        keys |= {"requeues": "2", "preflight": "never", **site}
         file.write_text(CLUSTER + "".join(f"{key}: {value}\n" for key, value in keys.items()))
         command = [sys.executable, "-m", "mirai_launch", "submit", str(recipe), "--cluster", str(file)]
         command += ["--nodes", str(nodes), "--run-dir", str(run_dir), *arguments]

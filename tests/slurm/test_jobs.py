@@ -50,7 +50,7 @@ def test_two_nodes_with_a_torchrun_each_finish(undisturbed: Submitted) -> None:
     assert "on-slurm: 2 ranks" in undisturbed.log()
     ledger = [json.loads(line) for line in (undisturbed.run_dir / "slurm/jobs.jsonl").read_text().splitlines()]
     assert [(entry["job_id"], entry["step"], entry["nodes"]) for entry in ledger] == [(undisturbed.job, "all", 2)]
-    for hint in ("squeue -j", "tail -F", "scancel"):
+    for hint in ("squeue -j", "tail -F", "mirai status"):
         assert hint in undisturbed.said
 
 

@@ -37,6 +37,16 @@ def test_two_ranks_on_a_machine_without_gpus() -> None:
     assert launch.ranks == 2
 
 
+def test_what_is_asked_of_the_pre_flight_reaches_the_ranks(tmp_path: Path) -> None:
+    request = Request(tmp_path, tmp_path / "run", preflight="never", expected="ib,nvlink", overrides=("a=1",))
+    launch = prepare(request, {"NCCL_DEBUG": "WARN", "RANK": "0", "WORLD_SIZE": "2"}, 0)
+    assert launch.argv[-5:] == ["--preflight", "never", "--expect-transport", "ib,nvlink", "a=1"]
+    assert launch.env["NCCL_DEBUG"] == "WARN", "what the site has set stays"
+    assert launch.env["NCCL_DEBUG_FILE"] == f"{tmp_path}/run/logs/nccl-%h-%p.log"
+    plain = prepare(Request(tmp_path, tmp_path), {"RANK": "0", "WORLD_SIZE": "2"}, 0)
+    assert "--preflight" not in plain.argv and not [name for name in plain.env if name.startswith("NCCL")]
+
+
 def test_one_rank_a_gpu_unless_told() -> None:
     assert prepare(REQUEST, {}, gpus=8).argv[1:] == [*TORCHRUN, "8", *OURS]
     request = Request(Path("r.yaml"), Path("runs/x"), nproc=3, overrides=("seed=2",))

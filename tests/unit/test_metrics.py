@@ -64,9 +64,11 @@ def _mean() -> str:
     for name in ("b", "a") if rank else ("a", "b"):  # the order of adding must not matter
         metrics.add(name, torch.tensor(float(rank + (name == "b") * 10)))
     metrics.add("a", float(rank))
+    row = {"y": 0.1 + rank, "x": 5.0 * rank}
+    metrics.send([rank, 0.0, 3.0 * rank], dict(reversed(row.items())) if rank else row)
     dist.all_reduce = counted
     try:
-        return f"{metrics.reduce()} {calls}"
+        return f"{metrics.reduce()} {calls} {metrics.arrived.votes[:4]} {metrics.arrived.rows}"
     finally:
         dist.all_reduce = reduce
 
@@ -86,6 +88,16 @@ def _different_names(extra: int) -> str:
         return str(error)
 
 
+def _different_rows() -> str:
+    """The message when the ranks send numbers of different names."""
+    metrics = Metrics()
+    metrics.send([1.0], {"backward" if dist.get_rank() else "forward": 1.0})
+    try:
+        return str(metrics.reduce())
+    except ValueError as error:
+        return str(error)
+
+
 def _dtensor() -> str:
     mesh = init_device_mesh("cpu", (2,))
     try:
@@ -98,6 +110,7 @@ def _dtensor() -> str:
 def _rank(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     results = {"mean": _mean(), "names": _different_names(0), "count": _different_names(100), "dtensor": _dtensor()}
+    results["rows"] = _different_rows()
     Path(f"{out}-{rank}").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -110,8 +123,26 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str
     return [json.loads((directory / f"out-{rank}").read_text()) for rank in range(2)]
 
 
-def test_mean_over_ranks_takes_one_all_reduce(on_two_ranks: list[dict[str, str]]) -> None:
-    assert [seen["mean"] for seen in on_two_ranks] == ["{'a': 0.5, 'b': 10.5} 1"] * 2
+def test_mean_over_ranks_takes_one_all_reduce_for_all_that_is_sent(on_two_ranks: list[dict[str, str]]) -> None:
+    """Means, votes (summed), and every rank's own numbers to the last bit."""
+    expected = "{'a': 0.5, 'b': 10.5} 1 [1.0, 0.0, 3.0, 0.0] {'x': [0.0, 5.0], 'y': [0.1, 1.1]}"
+    assert [seen["mean"] for seen in on_two_ranks] == [expected] * 2
+
+
+def test_ranks_that_send_different_names_all_raise(on_two_ranks: list[dict[str, str]]) -> None:
+    left, right = (seen["rows"] for seen in on_two_ranks)
+    assert left == right and "sent backward is missing on ranks 0; sent forward is missing on ranks 1" in left
+
+
+def test_what_was_sent_goes_once() -> None:
+    metrics = Metrics()
+    metrics.send([1.0], {"forward": 2.0})
+    metrics.reduce()
+    assert (metrics.arrived.votes[0], metrics.arrived.rows) == (1.0, {"forward": [2.0]})
+    metrics.reduce()
+    assert (metrics.arrived.votes[0], metrics.arrived.rows) == (0.0, {})
+    with pytest.raises(ValueError, match="17 votes"):
+        metrics.send([0.0] * 17)
 
 
 def test_ranks_with_different_names_all_raise_and_name_the_difference(on_two_ranks: list[dict[str, str]]) -> None:

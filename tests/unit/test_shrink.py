@@ -26,9 +26,9 @@ from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.models.wan.keys import shapes_of
 from mirai_dist.models.wan_vae import WanVae
 from mirai_dist.weights.files import open_weights
+from tests.shipped import SHIPPED
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(ROOT.glob("recipes/[!b]*/*.yaml"))
 CHUNKWISE = ROOT / "recipes/wan/causal-forcing-chunkwise-mirai-1x8.yaml"
 FRAMEWISE = ROOT / "recipes/wan/causal-forcing-framewise-mirai-8x8.yaml"
 CHAIN = ROOT / "recipes/chains/chunkwise-ode-8x8.yaml"

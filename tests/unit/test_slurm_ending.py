@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_stays_down(tmp_path: Path, capsys: pytest.Captur
     """SLURM itself may queue the job again, after a lost node."""
     (tmp_path / "HOLD").write_text("stopped by somebody\n")
     assert attempt.begin(tmp_path, 1, environment()) == 20
-    assert "does not start again: it was stopped on request" in capsys.readouterr().out
+    assert "does not start again: stopped by somebody" in capsys.readouterr().out
     assert (tmp_path / "HOLD").exists()
 
 

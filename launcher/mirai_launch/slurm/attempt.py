@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mirai_dist.config import rundir
+from mirai_dist.operate import control
 from mirai_dist.state import commit
 from mirai_launch import console
 from mirai_launch.slurm import ending
@@ -25,7 +26,6 @@ from mirai_launch.slurm.ending import Decision, Ending, Failure
 
 ATTEMPTS = Path("slurm") / "attempts.jsonl"
 STOP = "STOP"  # the run saves and leaves
-HOLD = "HOLD"  # somebody stopped the run; it stays down until somebody submits or requeues it
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def begin(run_dir: Path, cap: int, env: Mapping[str, str]) -> int:
     """Note the attempt. Returns 0, or 20 where it must not start."""
     job, restart, now = job_of(env), int(env.get("SLURM_RESTART_COUNT", "0")), progress(run_dir)
     (run_dir / STOP).unlink(missing_ok=True)
-    held = "it was stopped on request" if (run_dir / HOLD).exists() else ""
-    why = held or ending.exhausted(fruitless(read(run_dir), job, now), cap)
+    why = control.held(run_dir) or ending.exhausted(fruitless(read(run_dir), job, now), cap)
     if why:
         console.say(f"mirai: job {job} does not start again: {why}")
         return ending.DO_NOT_REQUEUE
@@ -124,8 +123,8 @@ def end(run_dir: Path, cap: int, code: int, terminated: bool, env: Mapping[str, 
 
 def _stop(run_dir: Path) -> str:
     """Who asked the run to stop: "" nobody, ending.WARNED the batch script, anything else a person."""
-    if (run_dir / HOLD).exists():
-        return HOLD
+    if control.held(run_dir):
+        return control.HOLD
     stop = run_dir / STOP
     return (stop.read_text(encoding="utf-8").split() or [STOP])[0] if stop.exists() else ""
 
@@ -168,7 +167,7 @@ def summary(run_dir: Path, job: str, decision: Decision, outcome: str, now: str)
     elif outcome and not outcome.startswith("NOT"):
         following = [f"squeue -j {job}", f"to keep it down: scancel {job}"]
     else:
-        following = [f"to go on from the last checkpoint: scontrol requeue {job}, or mirai submit again"]
+        following = [f"to go on from the last checkpoint: mirai requeue {run_dir}, or mirai submit again"]
     rows = [
         ("job", f"{job}: {state}"),
         ("because", decision.why),

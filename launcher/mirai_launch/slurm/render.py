@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mirai_dist.config.cluster import Cluster, Container
 from mirai_dist.config.error import RecipeError
+from mirai_dist.node import transport
 
 _NAME = re.compile(r"@([A-Z]+)@")
 _PLAIN_PATH = re.compile(r"/[\w./+=,@:~-]*")
@@ -74,11 +75,14 @@ def render(batch: Batch, cluster: Cluster) -> str:
         "REQUEUES": str(cluster.requeues),
         "SITE": _site(cluster),
         "ONLY": f" --only {batch.step}" if batch.step else "",
+        "PREFLIGHT": _preflight(cluster),
         "NODES": str(batch.nodes),
         "ALL": str(batch.nodes + batch.spare),
         "RANKS": str(cluster.ranks_per_node),
         "PATIENCE": str(cluster.meeting),
-        "SHAPE": " ".join(_shape(cluster)),
+        "ARRIVING": str(cluster.meeting + 60),  # torch is loaded before that meeting
+        "LOOK": " ".join(_looks(batch, cluster)),
+        "SHAPE": " ".join([*_tasks(batch, cluster), *_shape(cluster)]),
         "STEP": " ".join(_STEP),
         "SRUN": "".join(f"  {line} \\\n" for line in [*cluster.srun, *_enter(batch, cluster)]),
         "PYTHON": shlex.quote(python),
@@ -135,6 +139,26 @@ def _shape(cluster: Cluster) -> list[str]:
     return [f"--ntasks-per-node={tasks}", *cpus]
 
 
+def _tasks(batch: Batch, cluster: Cluster) -> list[str]:
+    """With spare nodes the step is smaller than the job, whose number of tasks it would inherit."""
+    if not batch.spare:
+        return []
+    return [f"--ntasks={batch.nodes * (cluster.ranks_per_node if cluster.launch == 'task' else 1)}"]
+
+
+def _looks(batch: Batch, cluster: Cluster) -> list[str]:
+    """Tasks and CPUs of the step that looks at all nodes: always a task a rank."""
+    ranks = cluster.ranks_per_node
+    cpus = [f"--cpus-per-task={cluster.cpus // ranks}"] if cluster.cpus else []
+    return [f"--ntasks={(batch.nodes + batch.spare) * ranks}", f"--ntasks-per-node={ranks}", *cpus]
+
+
+def _preflight(cluster: Cluster) -> str:
+    mode = f" --preflight {cluster.preflight}" if cluster.preflight != "auto" else ""
+    expected = ",".join(cluster.expect_transport)
+    return mode + (f' --expect-transport "{expected}"' if expected else "")
+
+
 def _gpus(cluster: Cluster) -> list[str]:
     gpus = cluster.gpus
     if not gpus.per_node or gpus.form == "none":
@@ -161,6 +185,9 @@ def _site(cluster: Cluster) -> str:
         lines.append(f'site TMPDIR "{cluster.scratch}"  # on every node; made by the tasks')
     for name, variable in cluster.environment.items():
         lines.append(f"site {name} {shlex.quote(variable.value)}  # {variable.reason}")
+    if cluster.expect_transport and cluster.gpus.per_node:
+        for name, value in transport.wanted(cluster.environment, Path("$run_dir/logs")).items():
+            lines.append(f'site {name} "{value}"  # NCCL\'s log says which transport it uses')
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -6,9 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
+from mirai_dist.plan.verdict import headline
 from mirai_launch import console
 from mirai_launch.slurm import submission
 from mirai_launch.slurm.client import Scheduler
+from mirai_launch.slurm.lead import warning
 from mirai_launch.slurm.submission import Prepared, Queued, Wish
 
 
@@ -55,23 +57,30 @@ def _show(prepared: Prepared) -> None:
     steps = submission.scripts(prepared, prepared.run_dir / "slurm" / "code")
     for text in steps.values():
         console.say(text)
+    console.say(f"# {foreseen(prepared)}")
     after = ""
     for step in steps:
         console.say(f"# {submission.command(prepared, step, after)}")
         after = "ID"
 
 
+def foreseen(prepared: Prepared) -> str:
+    """What is to be expected of the job, in one line."""
+    said = headline(prepared.plan) if prepared.plan else "not planned: gpus.model of the cluster file names no GPU"
+    return f"{said}; saves {warning(prepared.cluster, prepared.plan)} s before its time limit"
+
+
 def _tell(prepared: Prepared, queued: list[Queued]) -> None:
+    console.say(foreseen(prepared))
     for each in queued:
         console.say(f"job {each.job}  {each.step}  {os.path.relpath(each.script)}")
-    last = queued[-1].job
     log = f"{queued[0].job}_0" if prepared.sweep else queued[0].job
-    logs = os.path.relpath(prepared.run_dir / "logs")
+    run_dir = os.path.relpath(prepared.run_dir)
+    one = f"{run_dir}/{prepared.elements[0].name}" if prepared.sweep else run_dir
     console.say("next:")
     console.say(f"  squeue -j {','.join(each.job for each in queued)}")
-    console.say(f"  tail -F {logs}/slurm-{log}.log")
-    console.say(f"  touch {os.path.relpath(prepared.run_dir)}/STOP   # save and end; submit again to go on")
-    console.say(f"  scancel {last}")
+    console.say(f"  tail -F {run_dir}/logs/slurm-{log}.log")
+    console.say(f"  mirai status {one}    # and: mirai logs, save, stop, cancel, requeue")
 
 
 def _count(text: str) -> int:

@@ -7,9 +7,14 @@ import os
 from pathlib import Path
 
 from mirai_dist.config import files, load, rundir
+from mirai_dist.config.cluster import PREFLIGHT, TRANSPORTS
 from mirai_dist.config.rules import check_layout
 from mirai_dist.config.steps import chosen
+from mirai_dist.plan.host import here
+from mirai_dist.plan.verdict import refuse_over
 from mirai_launch import local
+
+TRANSPORT_HELP = f"stop unless the ranks talk over it ({', '.join(TRANSPORTS)})"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="do this step alone, or several, comma-separated: STAGE.gate, STAGE, report (default: what is not done)",
     )
+    parser.add_argument("--preflight", choices=PREFLIGHT, default="auto", help="look at all nodes first; auto: if many")
+    parser.add_argument("--expect-transport", type=_transports, default="", metavar="NAME,...", help=TRANSPORT_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,14 +52,32 @@ def prepare(arguments: argparse.Namespace) -> local.Launch:
             files.check(variant.recipe, variant.origins)
         chosen(resolved.recipe, arguments.only)
         run_dir = run_dir or rundir.default(resolved.recipe)
-    words = tuple(arguments.overrides), tuple(arguments.only)
-    request = local.Request(arguments.recipe, run_dir, arguments.resume, arguments.nproc, *words)
-    launch = local.prepare(request, os.environ, local.visible_gpus(os.environ))
+    request = local.Request(
+        recipe=arguments.recipe,
+        run_dir=run_dir,
+        resume=arguments.resume,
+        nproc=arguments.nproc,
+        preflight=arguments.preflight,
+        expected=arguments.expect_transport,
+        overrides=tuple(arguments.overrides),
+        only=tuple(arguments.only),
+    )
+    gpus = local.visible_gpus(os.environ)
+    launch = local.prepare(request, os.environ, gpus)
     if resolved is not None:
         for variant in resolved.variants():
             check_layout(variant.recipe, launch.ranks)
         rundir.check(run_dir, resolved.recipe, arguments.resume)
+        if local.started_ranks(os.environ) is None:
+            refuse_over(resolved, here(launch.ranks, gpus > 0))
     return launch
+
+
+def _transports(text: str) -> str:
+    unknown = [name for name in text.split(",") if name and name not in TRANSPORTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(TRANSPORTS)}")
+    return text
 
 
 def _ranks(text: str) -> int:
