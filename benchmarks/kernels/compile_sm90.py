@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,7 +40,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
 }
-ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+ASSEMBLER = Path(next(iter(triton.__path__))) / "backends/nvidia/bin/ptxas"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def source(launch: Launch) -> ASTSource:
             signature[name] = "constexpr"
             continue
         signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if not isinstance(value, int) or value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     fixed = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=fixed, attrs=attributes)
@@ -173,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     file = parser.parse_args().json
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile for the interpreter")
     found = list(rows())
     if file:
