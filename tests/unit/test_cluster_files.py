@@ -135,7 +135,8 @@ def script(folder: Path, tree: dict) -> str:
     file = folder / "cluster.yaml"
     file.write_text(dump(tree))
     # the planner has seconds for bf16 alone
-    batches = ["parallel.replicas=1", "parallel.compute_dtype=bfloat16", *(f"stages.{name}.batch.global_size=8" for name in STAGES)]
+    batches = ["parallel.replicas=1", "parallel.compute_dtype=bfloat16"]
+    batches += [f"stages.{name}.batch.global_size=8" for name in STAGES]
     wish = Wish(TINY, file, nodes=1, run_dir=folder / "run", overrides=tuple(batches))
     prepared = replace(prepare(wish), folder="slurm/now")
     return "".join(scripts(prepared, folder / "code").values())
