@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -47,8 +48,12 @@ def test_a_delayed_node_is_named_and_left_out(submit: Submit) -> None:
     found = json.loads(chosen.with_suffix(".json").read_text())
     assert list(found["left_out"]) == [slow], found
     assert f"pre-flight: {slow} left out: {found['left_out'][slow]}" in run.log()
-    # It is slow at arithmetic, unless it is so slow that it does not even come to an end.
-    assert found["left_out"][slow].startswith(("matrix products: ", "looking at itself: "))
+    why = found["left_out"][slow]
+    if spare := re.search(r"^spare; .*; worst measure ([\d.]+) of the median$", why):
+        # The nodes share two cores: where others are slow too, it is not unfit, but by far the worst.
+        assert float(spare[1]) <= 0.5, why
+    else:  # slow at arithmetic, or so slow that it does not even come to an end
+        assert why.startswith(("matrix products: ", "looking at itself: "))
     passed = json.loads((run.run_dir / "preflight.json").read_text())
     assert passed["hosts"] == [first, third] and passed["verdict"] in ("pass", "warn")
     assert "on-slurm: 2 ranks" in run.log() and (run.run_dir / "stages/teacher/DONE").exists()
