@@ -16,6 +16,7 @@ from mirai_dist.config.digest import digest
 from mirai_dist.config.kinds import MEANING, PRODUCES
 from mirai_dist.cycle.attending import backends_of
 from mirai_dist.cycle.encoders import text_of, vae_of
+from mirai_dist.cycle.fusing import ops_of
 from mirai_dist.cycle.roles import causal, kv_cache, rollout_settings, wan_shape
 from mirai_dist.data.conditions import Encoder
 from mirai_dist.models.wan import WanModel
@@ -140,7 +141,7 @@ def sampler_of(choice: Chosen, device: torch.device) -> tuple[Sampler, str]:
     vae = vae_of(recipe, device)
     backends = backends_of(recipe, device, trained=False)
     with torch.device("meta"):
-        network = WanModel(wan_shape(recipe.generator, recipe), backends)
+        network = WanModel(wan_shape(recipe.generator, recipe), backends, ops_of(recipe, device))
     network = network.to(getattr(torch, recipe.parallel.compute_dtype)).to_empty(device=device)
     network.requires_grad_(False)
     if choice.checkpoint:

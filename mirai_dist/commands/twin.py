@@ -177,6 +177,7 @@ def _shrunken(recipe: Recipe, scale: Scale) -> Recipe:
             replicas=min(recipe.parallel.replicas, RANKS),
             attention="auto",  # what was named may need a GPU
             segment_attention="auto",
+            kernels="auto",
         ),
         checkpoint=replace(recipe.checkpoint, every_cycles=1),
         study=replace(recipe.study, seeds=recipe.study.seeds[:1]),

@@ -304,7 +304,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How networks are sharded, read by plan.shards, which planner and run share; and what computes attention."""
+    """How networks are sharded, read by plan.shards, which planner and run share; and what computes what."""
 
     replicas: int = key(1, help="HSDP replicas; ranks / replicas shard each network")
     compute_dtype: str = key(
@@ -336,6 +336,12 @@ class Parallel:
         help="what computes attention over segments, in teachers that train in one pass; dense: calls of "
         "parallel.attention, segment by segment; flex: FlexAttention, one call",
         choices=("auto", "dense", "flex"),
+    )
+    kernels: str = key(
+        "auto",
+        help="what computes norms, rotary positions and gates; fused: Triton kernels that move each tensor once; "
+        "auto: those, where they are found exact on this machine, which CPUs cannot run",
+        choices=("auto", "reference", "fused"),
     )
 
 

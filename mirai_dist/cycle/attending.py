@@ -8,6 +8,7 @@ import torch.distributed as dist
 from mirai_dist.attention.patterns import Backends
 from mirai_dist.attention.select import Choice, Need, Unavailable, select
 from mirai_dist.config import RecipeError, schema
+from mirai_dist.cycle.fusing import fusing_of
 
 
 def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = True) -> Choice:
@@ -30,8 +31,8 @@ def backends_of(recipe: schema.Recipe, device: torch.device, trained: bool = Tru
 
 
 def check_attention(recipe: schema.Recipe, device: torch.device) -> None:
-    """Refuse, before anything is trained, what no rank can compute, and ranks that would compute in different ways:
-    their gradients would differ by rounding, unseen.
+    """Refuse, before anything is trained, what no rank can compute, and ranks that would compute in different ways, in
+    attention or between: their gradients would differ by rounding, unseen.
 
     Called by all ranks. Raises RecipeError on all of them.
     """
@@ -40,13 +41,15 @@ def check_attention(recipe: schema.Recipe, device: torch.device) -> None:
     for rank, found in enumerate(everyone):
         if found != everyone[0]:
             what = f"the nodes are not alike: rank 0 has {everyone[0]}, rank {rank} has {found}"
-            raise RecipeError("parallel.attention", f"{what}; name what all have, here and in segment_attention")
+            what = f"{what}; name what all have, here, in segment_attention and kernels"
+            raise RecipeError("parallel.attention", what)
     attention_of(recipe, device)
+    fusing_of(recipe, device)
 
 
 def _in_a_word(recipe: schema.Recipe, device: torch.device) -> str:
     try:
-        choice = attention_of(recipe, device)
+        choice, kernels = attention_of(recipe, device), fusing_of(recipe, device)
     except RecipeError as error:
         return str(error)  # told to the others first
-    return f"attention {choice.dense} and segment_attention {choice.segments}"
+    return f"attention {choice.dense}, segment_attention {choice.segments} and kernels {kernels.name}"

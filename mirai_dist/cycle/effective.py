@@ -12,6 +12,7 @@ from mirai_dist.config import Resolved, schema
 from mirai_dist.config.gates import bounds_of, has_reference
 from mirai_dist.config.rules import accumulation
 from mirai_dist.cycle.attending import attention_of
+from mirai_dist.cycle.fusing import fusing_of
 from mirai_dist.method.flow import warped_steps
 from mirai_dist.method.foresight import PRESETS, captured_blocks
 from mirai_dist.observe.alarms import dmd_alarms, silence
@@ -46,6 +47,7 @@ def _effective(recipe: schema.Recipe, ranks: int, device: str) -> dict[str, Any]
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "attention": attention_of(recipe, torch.device(device)).told(),
+        "kernels": fusing_of(recipe, torch.device(device)).told(),
         "prompts": recipe.data.prompts or "captions of the procedural world",
         "text": f"{recipe.text.encoder} {recipe.text.path}".strip(),
         "starts": _starts(recipe),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mirai_dist.config import schema
 from mirai_dist.cycle.attending import backends_of
+from mirai_dist.cycle.fusing import ops_of
 from mirai_dist.method import health
 from mirai_dist.method.dmd import Velocity
 from mirai_dist.method.flow import warped_steps
@@ -119,7 +120,7 @@ class Builder:
         """A Wan DiT filled by `fill`, or with random weights keyed by the role's and each parameter's name."""
         backends = backends_of(self.recipe, self.draws.device)
         with torch.device("meta"):
-            model = WanModel(wan_shape(network, self.recipe), backends)
+            model = WanModel(wan_shape(network, self.recipe), backends, ops_of(self.recipe, self.draws.device))
         plan = wan_plan(self.recipe.parallel, network.blocks, trained=training is not None)
         self.engine.build(model, plan, fill or self._drawn(name, wan_model.initialise))
         role = Role(name, model, plan, self.engine, training)

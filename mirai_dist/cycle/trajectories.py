@@ -17,6 +17,7 @@ from torch import nn
 from mirai_dist.config import schema
 from mirai_dist.cycle.attending import backends_of
 from mirai_dist.cycle.encoders import clips_of, conditions_of
+from mirai_dist.cycle.fusing import ops_of
 from mirai_dist.cycle.roles import causal, kv_cache, wan_shape
 from mirai_dist.cycle.starts import Started, fill, source_of
 from mirai_dist.data.arrays import Part
@@ -137,7 +138,7 @@ def _teacher(making: Making, device: torch.device) -> tuple[nn.Module, Started]:
     assert source is not None  # a rule wants the parent of an ode stage
     backends = backends_of(recipe, device, trained=False)
     with torch.device("meta"):
-        network = WanModel(wan_shape(recipe.generator, recipe), backends)
+        network = WanModel(wan_shape(recipe.generator, recipe), backends, ops_of(recipe, device))
     network = network.to(getattr(torch, recipe.parallel.compute_dtype)).to_empty(device=device).requires_grad_(False)
     return network, fill(network, source, "ode", "parent")
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mirai_dist.attention.patterns import TORCH, Backends, Pattern
-from mirai_dist.models.wan.model import Attention, layer_norm
+from mirai_dist.models.wan.model import Attention
+from mirai_dist.models.wan.token_ops import layer_norm
 
 
 class PredictorBlock(nn.Module):

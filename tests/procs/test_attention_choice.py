@@ -59,8 +59,9 @@ def test_a_rank_that_would_compute_otherwise_stops_all(threads, monkeypatch: pyt
     monkeypatch.setattr(attending, "attention_of", attention_of)
     (said,) = set(refusals(threads, tiny.recipe()))
     assert said == (
-        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn and segment_attention dense, rank 2 "
-        "has attention flash-2 and segment_attention dense; name what all have, here and in segment_attention"
+        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn, segment_attention dense and kernels "
+        "reference, rank 2 has attention flash-2, segment_attention dense and kernels reference; name what all have, "
+        "here, in segment_attention and kernels"
     )
 
 

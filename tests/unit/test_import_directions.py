@@ -54,6 +54,7 @@ RULES = {
     "mirai_dist.method": Rule((), ("torch",), never=("torch.distributed",)),
     "mirai_dist.method.arithmetic": Rule((), ()),
     "mirai_dist.models": Rule(("mirai_dist.attention", "mirai_dist.config.error"), never=("torch.distributed",)),
+    "mirai_dist.models.wan.token_ops": Rule(("mirai_dist.models", "mirai_kernels"), never=("torch.distributed",)),
     "mirai_dist.attention": Rule(),
     "mirai_dist.attention.select": Rule(("mirai_dist.attention", "mirai_kernels")),
     "mirai_dist.parallel": Rule(("mirai_dist.plan.shards",)),

@@ -13,8 +13,9 @@ from torch import Tensor
 from mirai_dist.method.rollout import Past, RolloutInputs, RolloutSettings, rollout
 from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput
 from mirai_dist.models.wan.kv_cache import CacheShape, KeysValues, turned
-from mirai_dist.models.wan.model import WanBlock, layer_norm, modulate, per_frame
+from mirai_dist.models.wan.model import WanBlock
 from mirai_dist.models.wan.rope import rotary_table, rotate
+from mirai_dist.models.wan.token_ops import layer_norm, modulate, per_frame
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from tests import tiny_wan
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,7 @@ from torch.nn import functional
 from mirai_dist.attention.patterns import TORCH, Backends, Pattern
 from mirai_dist.models.wan.keys import PATCH, WanShape
 from mirai_dist.models.wan.kv_cache import KeysValues
-from mirai_dist.models.wan.rope import rotary_table, rotate
-
-EPS = 1e-6
+from mirai_dist.models.wan.token_ops import EPS, PLAIN, Placement, TokenOps
 
 
 class History(NamedTuple):
@@ -80,11 +78,6 @@ class RmsNorm(nn.Module):
         return functional.rms_norm(wide, (x.shape[-1],), eps=EPS).to(x.dtype) * self.weight
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without affine parameters."""
-    return functional.layer_norm(x, (x.shape[-1],), eps=EPS)
-
-
 class Attention(nn.Module):
     """Projections shared by self- and cross-attention; state-dict names q, k, v, o, norm_q, norm_k."""
 
@@ -113,7 +106,7 @@ class BlockInputs(NamedTuple):
     """What every block of one pass shares."""
 
     modulation: Tensor  # [B, frames or 1, 6, dim]
-    rotary: tuple[Tensor, Tensor]
+    places: Any  # of the tokens, as `TokenOps.place` gives them
     pattern: Pattern
     text: Tensor  # [B, text positions, dim], embedded
 
@@ -121,9 +114,9 @@ class BlockInputs(NamedTuple):
 class WanBlock(nn.Module):
     """One transformer block. Pure: it returns its keys and values and writes nothing, so it may be recomputed."""
 
-    def __init__(self, shape: WanShape, dense: Pattern) -> None:
+    def __init__(self, shape: WanShape, dense: Pattern, ops: TokenOps = PLAIN) -> None:
         super().__init__()
-        self.dense = dense
+        self.dense, self.ops = dense, ops
         self.modulation = nn.Parameter(torch.randn(1, 6, shape.dim) / shape.dim**0.5)
         self.self_attn = Attention(shape.dim, shape.heads)
         self.norm3 = nn.LayerNorm(shape.dim, eps=EPS)
@@ -141,41 +134,31 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """x [B, N, dim] -> (x, own (keys, values), text (keys, values)); `past` keys are prepended to the own."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + inputs.modulation).unbind(dim=2)
-        normed = modulate(layer_norm(x), shift_a, scale_a)
-        keys, values = self.self_attn.keys_values(normed)
-        queries, keys = rotate(self.self_attn.queries(normed), inputs.rotary), rotate(keys, inputs.rotary)
+        normed = self.ops.modulated(x, scale_a, shift_a)
+        queries, keys, values = self.ops.placed(self.self_attn, normed, inputs.places)
         seen = (keys, values) if past is None else (torch.cat((past[0], keys), 1), torch.cat((past[1], values), 1))
-        x = x + per_frame(self.self_attn.output(inputs.pattern(queries, *seen)), gate_a)
+        attended = self.self_attn.output(inputs.pattern(queries, *seen))
+        x, normed = self.ops.added_normed(x, attended, gate_a, self.norm3)
         if text_keys_values is None:
             text_keys_values = self.cross_attn.keys_values(inputs.text)
-        attended = self.dense(self.cross_attn.queries(self.norm3(x)), *text_keys_values)
-        x = x + self.cross_attn.output(attended)
-        x = x + per_frame(self.ffn(modulate(layer_norm(x), shift_f, scale_f)), gate_f)
+        attended = self.dense(self.ops.queries(self.cross_attn, normed), *text_keys_values)
+        x, normed = self.ops.added_modulated(x, self.cross_attn.output(attended), scale_f, shift_f)
+        x = self.ops.added(x, self.ffn(normed), gate_f)
         return x, (keys, values), text_keys_values
-
-
-def per_frame(x: Tensor, factor: Tensor) -> Tensor:
-    """Multiply tokens [B, N, dim] by a factor [B, frames, dim] of the frame they belong to."""
-    return (x.unflatten(1, (factor.shape[1], -1)) * factor.unsqueeze(2)).flatten(1, 2)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, with one shift and scale [B, frames, dim] a frame."""
-    framed = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
 class Head(nn.Module):
     """Final modulated projection to patch values; state-dict names modulation and head."""
 
-    def __init__(self, shape: WanShape) -> None:
+    def __init__(self, shape: WanShape, ops: TokenOps = PLAIN) -> None:
         super().__init__()
+        self.ops = ops
         self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
         self.head = nn.Linear(shape.dim, math.prod(PATCH) * shape.channels)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation + time.unsqueeze(2)).unbind(dim=2)
-        return self.head(modulate(layer_norm(x), shift, scale))
+        return self.head(self.ops.modulated(x, scale, shift))
 
 
 def timestep_sinusoid(timesteps: Tensor, width: int) -> Tensor:
@@ -187,11 +170,11 @@ def timestep_sinusoid(timesteps: Tensor, width: int) -> Tensor:
 
 
 class WanModel(nn.Module):
-    """The DiT. Predicts velocity v = noise - x0. `backends`: what its attention is computed by."""
+    """The DiT. Predicts velocity v = noise - x0. `backends`, `ops`: what computes its attention, and all between."""
 
-    def __init__(self, shape: WanShape, backends: Backends = TORCH) -> None:
+    def __init__(self, shape: WanShape, backends: Backends = TORCH, ops: TokenOps = PLAIN) -> None:
         super().__init__()
-        self.shape, self.backends = shape, backends
+        self.shape, self.backends, self.ops = shape, backends, ops
         dim = shape.dim
         self.patch_embedding = nn.Conv3d(shape.channels, dim, kernel_size=PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(
@@ -199,8 +182,8 @@ class WanModel(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(WanBlock(shape, backends.dense) for _ in range(shape.blocks))
-        self.head = Head(shape)
+        self.blocks = nn.ModuleList(WanBlock(shape, backends.dense, ops) for _ in range(shape.blocks))
+        self.head = Head(shape, ops)
 
     def forward(
         self,
@@ -225,15 +208,13 @@ class WanModel(nn.Module):
         tokens, grid = self._embed_patches(latent)
         dtype = tokens.dtype
         first_frame = history.first_frame if history else 0
-        wide = torch.promote_types(dtype, torch.float32)
-        rotary = rotary_table(grid, first_frame, self.shape.dim // self.shape.heads, latent.device, wide)
+        placement = Placement(grid, first_frame, copies=1 if clean is None else 2)
         segment_tokens = segment_frames * grid[1] * grid[2]
         segments = self.backends.segments
         pattern = segments.causal(segment_tokens) if segment_frames else self.backends.dense
         noisy_time = time = self._embed_time(timesteps, dtype)
         if clean is not None:
             tokens = torch.cat((self._embed_patches(clean.latents)[0], tokens), dim=1)
-            rotary = (rotary[0].repeat(2, 1), rotary[1].repeat(2, 1))
             pattern = segments.teacher_forced(segment_tokens)
             noisy_time = time.expand(-1, grid[0], -1)
             levels = torch.zeros_like(timesteps) if clean.timesteps is None else clean.timesteps
@@ -242,7 +223,7 @@ class WanModel(nn.Module):
         text_cached = history is not None and history.text_keys_values is not None
         inputs = BlockInputs(
             self.time_projection(time).unflatten(-1, (6, -1)),
-            rotary,
+            self.ops.place(placement, self.shape.dim // self.shape.heads, tokens),
             pattern,
             text.to(dtype) if text_cached else self.text_embedding(text.to(dtype)),
         )

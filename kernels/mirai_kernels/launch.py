@@ -1,0 +1,41 @@
+"""A Triton launch as data: the operators run it, and the compile report builds the very same one without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over a grid of programs. `constants` are compiled in; a None among the arguments is too."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int | None]
+    constants: dict[str, int | float | bool]
+    warps: int
+
+    def run(self) -> None:
+        """Raises RuntimeError for tensors that no kernel can run on."""
+        tensors = [each for each in self.arguments.values() if isinstance(each, Tensor)]
+        if not (triton.knobs.runtime.interpret or all(each.is_cuda for each in tensors)):
+            raise RuntimeError(
+                f"{self.kernel.__name__} runs on CUDA tensors (and on CPU ones in Triton's interpreter, "
+                f"TRITON_INTERPRET=1); got {', '.join(sorted({each.device.type for each in tensors}))}"
+            )
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
+
+
+def row_warps(width: int) -> int:
+    """Warps for a program that holds one row of `width` channels: 16 channels, two 16-byte loads of bf16, a thread."""
+    return min(16, max(1, triton.next_power_of_2(width) // 512))
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raise ValueError unless the last dimension is contiguous, as every row kernel reads it."""
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension; its strides are {tuple(x.stride())}")

@@ -1,0 +1,107 @@
+"""What computes a network's norms, positions and gates on this machine: plain torch, or the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from mirai_dist.config import RecipeError, schema
+from mirai_dist.models.wan.model import RmsNorm
+from mirai_dist.models.wan.token_ops import EPS, PLAIN, Placement, TokenOps, load
+
+# Largest |fused - exact| / |exact| of an output or a gradient. Roundings stay several times below.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Fusing:
+    """The choice: `name` as in a recipe, and why the kernels were not taken, if they were not."""
+
+    ops: TokenOps
+    name: str
+    reason: str = ""
+
+    def told(self) -> str:
+        return f"{self.name}: the kernels {self.reason}" if self.reason else self.name
+
+
+def fusing_of(recipe: schema.Recipe, device: torch.device) -> Fusing:
+    """The choice for all networks of a recipe. Raises RecipeError where `parallel.kernels` names what cannot serve."""
+    asked = recipe.parallel.kernels
+    if asked == "reference":
+        return Fusing(PLAIN, asked)
+    networks = (recipe.teacher, recipe.generator, recipe.critic)
+    shapes = tuple(sorted({(network.dim, network.heads) for network in networks}))
+    found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes)
+    if asked == "fused" and found.reason:
+        raise RecipeError("parallel.kernels", f"the fused kernels {found.reason}; use auto or reference")
+    return found
+
+
+def ops_of(recipe: schema.Recipe, device: torch.device) -> TokenOps:
+    """What `fusing_of` chose, for a network's constructor."""
+    return fusing_of(recipe, device).ops
+
+
+@lru_cache
+def _fused(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Fusing:
+    """The fused kernels if they are exact here, else plain torch and why. Probed once a process."""
+    try:
+        ops = load()
+    except ModuleNotFoundError as error:
+        return Fusing(PLAIN, "reference", f"need the package {error.name}")
+    if device == "cpu":
+        return Fusing(PLAIN, "reference", "run on GPUs")
+    for dim, heads in shapes:
+        error = largest_error(ops, dim, heads, torch.device(device), dtype)
+        if not error <= BOUNDS[dtype]:
+            return Fusing(PLAIN, "reference", f"are {error:.1e} from exact at {dim} channels, {heads} heads")
+    return Fusing(ops, "fused")
+
+
+@torch.enable_grad()
+def largest_error(ops: TokenOps, dim: int, heads: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest relative error of an output or a gradient, nan if there is one, against plain torch in float64."""
+    norms = RmsNorm(dim), RmsNorm(dim), nn.LayerNorm(dim, eps=EPS)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (parameter for norm in norms for parameter in norm.parameters()):
+            parameter.normal_(1.0, 0.2, generator=draws)
+    inputs = [torch.randn(1, 12, dim, generator=draws) for _ in range(2)]
+    inputs += [torch.randn(1, 2, dim, generator=draws) for _ in range(3)]
+    rounded = [each.to(dtype) for each in inputs]
+    for norm in norms:
+        norm.to(dtype).to(device)
+    found = _results(ops, heads, norms, [each.to(device) for each in rounded])
+    for norm in norms:
+        norm.double()
+    exact = _results(PLAIN, heads, norms, [each.to(device).double() for each in rounded])
+    errors = [(mine.double() - other).norm() / other.norm() for mine, other in zip(found, exact, strict=True)]
+    return torch.stack(errors).max().item()
+
+
+def _results(
+    ops: TokenOps, heads: int, norms: tuple[RmsNorm, RmsNorm, nn.LayerNorm], inputs: list[Tensor]
+) -> Sequence[Tensor]:
+    """All that the operators give, and the gradients of its weighted sum by inputs and weights."""
+    x, y, gate, scale, shift = leaves = [each.requires_grad_() for each in inputs]
+    same = nn.Identity()
+    layer = SimpleNamespace(heads=heads, q=same, k=same, v=same, norm_q=norms[0], norm_k=norms[1])
+    places = ops.place(Placement((1, 2, 3), first_frame=5, copies=2), x.shape[-1] // heads, x)
+    outputs = [
+        *ops.placed(layer, x, places),
+        ops.queries(layer, y),
+        *ops.added_normed(x, y, gate, norms[2]),
+        *ops.added_modulated(x, y, scale, shift),
+        ops.modulated(x, scale, shift),
+        ops.added(x, y, gate),
+    ]
+    draws = torch.Generator().manual_seed(1)
+    towards = [torch.randn(each.shape, generator=draws).to(each) for each in outputs]
+    weights = [parameter for norm in norms for parameter in norm.parameters()]
+    return [*outputs, *torch.autograd.grad(outputs, [*leaves, *weights], towards)]

@@ -1,0 +1,67 @@
+"""Which of plain torch and the fused kernels a run takes, and what it says of it. No GPU is needed to decide."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mirai_dist.config import RecipeError, load, schema
+from mirai_dist.cycle import fusing
+from mirai_dist.cycle.fusing import Fusing, fusing_of
+from mirai_dist.models.wan import token_ops
+from tests.procs import tiny
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    fusing._fused.cache_clear()
+
+
+def recipe(kernels: str) -> schema.Recipe:
+    return load(tiny.RECIPE, (f"parallel.kernels={kernels}",)).recipe
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> token_ops.Fused:
+    """The kernels as if they could be loaded; nothing here runs them."""
+    ops = token_ops.Fused(*[lambda *_: pytest.fail("ran a kernel")] * 4)
+    monkeypatch.setattr(fusing, "load", lambda: ops)
+    return ops
+
+
+def test_cpus_compute_in_plain_torch_and_say_why(with_triton: token_ops.Fused) -> None:
+    assert fusing_of(recipe("reference"), CPU) == Fusing(token_ops.PLAIN, "reference")
+    chosen = fusing_of(recipe("auto"), CPU)
+    assert chosen.ops is token_ops.PLAIN
+    assert chosen.told() == "reference: the kernels run on GPUs"
+    with pytest.raises(RecipeError, match="parallel.kernels: the fused kernels run on GPUs; use auto or reference"):
+        fusing_of(recipe("fused"), CPU)
+
+
+def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.endswith(".op") and name.startswith("mirai_kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert fusing_of(recipe("auto"), CUDA).told() == "reference: the kernels need the package triton"
+    with pytest.raises(RecipeError, match="need the package triton"):
+        fusing_of(recipe("fused"), CUDA)
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_kernels_that_are_not_exact_are_not_taken(
+    error: float, with_triton: token_ops.Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(fusing, "largest_error", lambda ops, dim, heads, *_: asked.append((dim, heads)) or 1e-7)
+    found = recipe("auto")
+    found = replace(found, parallel=replace(found.parallel, compute_dtype="float32"))
+    assert fusing_of(found, CUDA) == Fusing(with_triton, "fused")
+    assert set(asked) == {(each.dim, each.heads) for each in (found.generator, found.critic, found.teacher)}
+    fusing._fused.cache_clear()
+    monkeypatch.setattr(fusing, "largest_error", lambda *_: error)
+    assert fusing_of(found, CUDA).told().startswith(f"reference: the kernels are {error:.1e} from exact at ")
