@@ -1,6 +1,8 @@
 """Compile every kernel for sm_90a at the shapes of Wan-1.3B and Wan-14B, without a GPU, and say what it takes.
 
-    python benchmarks/kernels/compile_sm90.py [--json FILE]      needs triton; TRITON_INTERPRET must not be set
+    python benchmarks/kernels/compile_sm90.py [--only FAMILY] [--json FILE]
+
+needs triton; TRITON_INTERPRET must not be set.
 
 Launches are the operators' own, over tensors of no memory; equal ones are compiled once. Registers and spills are
 those of the assembler that triton brings.
@@ -14,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +26,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mirai_kernels.chunk_attention import launch as chunk_attention
+from mirai_kernels.chunk_attention.launch import Cached, Segment
 from mirai_kernels.cosine_head import triton_cosine
+from mirai_kernels.dense_attention.library import Attended
+from mirai_kernels.dense_attention.triton_merge import merge_launch
 from mirai_kernels.launch import Launch
 from mirai_kernels.qk_norm_rope_cache import triton_norm_rope
 from mirai_kernels.qk_norm_rope_cache.reference import Placement
@@ -32,12 +38,19 @@ from mirai_kernels.residual_modulate import triton_residual_modulate
 
 TARGET = GPUTarget("cuda", 90, 32)
 MODELS = {"1.3B": (1536, 12), "14B": (5120, 40)}
+CHUNK = 4680  # tokens
+PAST = {  # by the tokens that a chunk sees: runs of the cache, as they lie with and without a sink before a ring
+    4680: {"no past": ()},
+    32760: {"one run": (0, 28080), "three runs": (0, 1560, 3120, 9360, 12480, 32760)},
+}
 GRIDS = {4680: (3, 30, 52), 32760: (21, 30, 52)}
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
+    int: "i32",
+    float: "fp32",
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -45,7 +58,7 @@ ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel takes on sm_90a; shared in bytes a program, wide_* are 16-byte accesses in its PTX, narrow
-    ones take two bytes or fewer."""
+    ones take two bytes or fewer. Matrix products are Hopper's (wgmma) or those of older cards (mma_sync)."""
 
     kernel: str
     model: str
@@ -57,6 +70,8 @@ class Compiled:
     wide_loads: int
     wide_stores: int
     narrow_loads: int
+    wgmma: int
+    mma_sync: int
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -90,6 +105,22 @@ def residual_modulate(width: int, heads: int, tokens: int) -> Iterator[tuple[str
     yield "modulate backward", triton_residual_modulate.backward_launch((None, x), saved, frames, x, None)[0]
 
 
+def attention(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch]]:
+    """Of one chunk that sees `tokens` tokens, its own among them, in a cache of a whole video."""
+    store, own = empty(1, 32760, heads, width // heads), empty(1, CHUNK, heads, width // heads)
+    attended = Attended(own, empty(1, heads, CHUNK, dtype=torch.float32))
+    segment = Segment(own, own, own)
+    for name, runs in PAST[tokens].items():
+        cached = Cached(store, store, runs)
+        yield f"attention forward, {name}", chunk_attention.forward_launch(segment, cached)[0]
+        yield f"attention dQ, {name}", chunk_attention.queries_launch(segment, cached, attended, own)[0]
+        if runs:
+            found = chunk_attention.queries_launch(segment, cached, attended, own, own_part=own)[0]
+            yield f"attention dQ of cached keys, {name}", found
+    yield "attention dK dV of own keys", chunk_attention.own_launch(segment, attended.lse, own, attended.lse)[0]
+    yield "attention merge", merge_launch(attended, attended)
+
+
 def cosine_head(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Launch]]:
     """The features' width is that of the 14B encoder for every generator; here it goes with the model."""
     x, cosine = empty(tokens, width), empty(tokens, dtype=torch.float32)
@@ -101,7 +132,14 @@ def cosine_head(width: int, heads: int, tokens: int) -> Iterator[tuple[str, Laun
     yield "fuse_targets", triton_cosine.fuse_launch(features, segments, (0, 1), out)
 
 
-FAMILIES = (norm_rope, residual_modulate, cosine_head)
+Family = Callable[[int, int, int], Iterator[tuple[str, Launch]]]
+FAMILIES: tuple[Family, ...] = (attention, norm_rope, residual_modulate, cosine_head)
+
+
+def type_of(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return tuple(TYPES[type(each)] for each in value)
+    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else TYPES[type(value)]
 
 
 def source(launch: Launch) -> ASTSource:
@@ -114,8 +152,9 @@ def source(launch: Launch) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        signature[name] = type_of(value)
+        specialised = not launch.kernel.params[index].do_not_specialize
+        if specialised and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     fixed = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=fixed, attrs=attributes)
@@ -123,7 +162,8 @@ def source(launch: Launch) -> ASTSource:
 
 def measured(name: str, model: str, tokens: int, launch: Launch) -> Compiled:
     """Compile one launch. Raises subprocess.CalledProcessError when the assembler refuses it."""
-    compiled = triton.compile(source(launch), target=TARGET, options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    compiled = triton.compile(source(launch), target=TARGET, options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
@@ -138,19 +178,21 @@ def measured(name: str, model: str, tokens: int, launch: Launch) -> Compiled:
         registers=int(re.findall(r"Used (\d+) registers", said)[0]),
         spilled_bytes=sum(int(each) for each in re.findall(r"(\d+) bytes spill", said)),
         shared=compiled.metadata.shared,
-        wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)|cp\.async\.c[ag]\..*, 0x10, ", ptx)),
         wide_stores=len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         narrow_loads=len(re.findall(r"ld\.global\S*\.[bus](?:8|16)\b", ptx)),
+        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
+        mma_sync=len(re.findall(r"\bmma\.sync", ptx)),
     )
 
 
-def rows() -> Iterator[Compiled]:
+def rows(families: Sequence[Family]) -> Iterator[Compiled]:
     known: dict[str, Compiled] = {}
     for model, (width, heads) in MODELS.items():
         for tokens in GRIDS:
-            for family in FAMILIES:
+            for family in families:
                 for name, launch in family(width, heads, tokens):
-                    key = f"{source(launch).hash()} {launch.warps}"
+                    key = f"{source(launch).hash()} {launch.warps} {launch.stages}"
                     if key not in known:
                         known[key] = measured(name, model, tokens, launch)
                     yield Compiled(**(asdict(known[key]) | {"kernel": name, "model": model, "tokens": tokens}))
@@ -158,12 +200,12 @@ def rows() -> Iterator[Compiled]:
 
 def table(found: list[Compiled]) -> str:
     lines = [
-        "| kernel | model | tokens | warps | registers | spilled bytes | shared bytes | 16-byte loads, stores |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | model | tokens | warps | registers | spilled | shared bytes | 16-byte loads, stores | wgmma |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {each.kernel} | {each.model} | {each.tokens:,} | {each.warps} | {each.registers} | {each.spilled_bytes} | "
-        f"{each.shared:,} | {each.wide_loads}, {each.wide_stores} |"
+        f"{each.shared:,} | {each.wide_loads}, {each.wide_stores} | {each.wgmma} |"
         for each in found
     ]
     return "\n".join(lines)
@@ -172,10 +214,12 @@ def table(found: list[Compiled]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
-    file = parser.parse_args().json
+    parser.add_argument("--only", choices=[each.__name__ for each in FAMILIES], help="these kernels alone")
+    arguments = parser.parse_args()
+    file = arguments.json
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile for the interpreter")
-    found = list(rows())
+    found = list(rows([each for each in FAMILIES if arguments.only in (None, each.__name__)]))
     if file:
         document = {"triton": triton.__version__, "torch": torch.__version__, "target": "sm_90a"}
         file.write_text(json.dumps(document | {"kernels": [asdict(each) for each in found]}, indent=1) + "\n")

@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel over a grid of programs. `constants` are compiled in; a None among the arguments is too."""
+    """One kernel over a grid of programs. `constants` are compiled in; a None among the arguments is too.
+
+    stages: of the pipeline in which a loop's loads run ahead of its arithmetic.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | None]
-    constants: dict[str, int | float | bool]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
     warps: int
+    stages: int = 3
 
     def run(self) -> None:
         """Raises RuntimeError for tensors that no kernel can run on."""
@@ -27,7 +32,10 @@ class Launch:
                 f"{self.kernel.__name__} runs on CUDA tensors (and on CPU ones in Triton's interpreter, "
                 f"TRITON_INTERPRET=1); got {', '.join(sorted({each.device.type for each in tensors}))}"
             )
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
+        with torch.cuda.device_of(tensors[0]):
+            self.kernel[self.grid](
+                **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages
+            )
 
 
 def row_warps(width: int) -> int:

@@ -6,7 +6,7 @@ otherwise, and run with segments as batch (Video-Mirai section 3.4; spec 7.2 ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,3 +46,43 @@ class ReplayCache:
         held = sum(t.nbytes for kept in (self.states, self.targets) for t in kept.values() if t.device == self.device)
         budget = self.budget if self.budget is not None else held + torch.cuda.mem_get_info(self.device)[0] // 2
         return self.device if held + new_bytes <= budget else torch.device("cpu")
+
+
+class ReplayStep:
+    """A predictor's mean cosine on pairs of one shape, and its gradient, in memory that never moves.
+
+    Nothing in a call depends on values or waits for the device, and it writes to `cosine` and `gradients` alone: it
+    can be captured as a CUDA graph once and replayed after every `load`. The graph of autograd ends at the states, so
+    none of the backward pass is spent on them.
+    """
+
+    def __init__(
+        self,
+        cosine_of: Callable[[Tensor, Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        states: Tensor,
+        targets: Tensor,
+    ) -> None:
+        """cosine_of: mean cosine over pairs, states [N, S, dim] and targets [N, S, D]: segments are the batch, and
+        nothing may cross them. parameters: what it depends on, whole in this process. states [B, I, S, dim] and
+        targets [B, I, S, D]: of the shapes, dtypes and device of all that will be loaded; they are the first."""
+        self._cosine_of, self._parameters = cosine_of, tuple(parameters)
+        self._states, self._targets = (each.detach().flatten(0, 1).clone() for each in (states, targets))
+        self.cosine = torch.zeros((), device=states.device, dtype=torch.promote_types(states.dtype, torch.float32))
+        self.gradients = tuple(torch.zeros_like(each) for each in parameters)
+
+    def load(self, states: Tensor, targets: Tensor) -> None:
+        """Pairs of the next calls, states [B, I, S, dim] and targets [B, I, S, D]; ValueError for another shape."""
+        for memory, given in ((self._states, states), (self._targets, targets)):
+            if memory.shape != (given.shape[0] * given.shape[1], *given.shape[2:]):
+                raise ValueError(f"pairs {tuple(given.shape)} for a replay step of {tuple(memory.shape)}")
+            memory.copy_(given.flatten(0, 1))
+
+    def __call__(self) -> None:
+        """Set `cosine`, and `gradients` to the gradient of -cosine by each parameter."""
+        with torch.enable_grad():
+            cosine = self._cosine_of(self._states, self._targets)
+            found = torch.autograd.grad(-cosine, self._parameters)
+        self.cosine.copy_(cosine.detach())
+        for memory, gradient in zip(self.gradients, found, strict=True):
+            memory.copy_(gradient)

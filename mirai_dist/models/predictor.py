@@ -51,10 +51,14 @@ class Predictor(nn.Module):
         self.projection = nn.Linear(dim, target_dim, bias=False)
 
     def forward(self, state: Tensor) -> Tensor:
+        return self.projection(self.hidden(state))
+
+    def hidden(self, state: Tensor) -> Tensor:
+        """What is projected, [B, S, dim]: for a head that never holds the projection of all tokens."""
         x = state.to(self.projection.weight.dtype)
         for block in self.blocks:
             x = block(x)
-        return self.projection(x)
+        return x
 
 
 def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:

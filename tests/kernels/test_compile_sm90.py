@@ -32,3 +32,5 @@ def test_no_spills_no_excess_of_shared_memory_and_wide_accesses(tmp_path: Path) 
         assert each["shared"] <= SHARED_BYTES, each
         assert each["wide_loads"] > 0, each
         assert each["narrow_loads"] == 0, each
+        multiplies = each["kernel"].startswith("attention") and each["kernel"] != "attention merge"
+        assert (each["wgmma"] > 0) == multiplies and each["mma_sync"] == 0, each
