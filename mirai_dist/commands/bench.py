@@ -1,0 +1,61 @@
+"""`mirai bench kernels --certify RECIPE`: whether kernels and attention backends compute exactly what this recipe needs.
+
+On this machine, at the shapes of the recipe, forward and gradients. The run reads what is written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import sys
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirai_dist.certify import certificate
+from mirai_dist.certify.certify import certify
+from mirai_dist.certify.compare import FAILED, NOT_CERTIFIED, PASSED
+from mirai_dist.commands.entry import main
+from mirai_dist.config import load
+from mirai_dist.config.source import shown_path
+from mirai_dist.cycle.account import commit_of_code
+from mirai_dist.observe.console import Console
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the certificate. Exit code 1 where something failed; what cannot run here is said to be not certified."""
+    resolved = load(options.certify, options.overrides)
+    console = Console(0, socket.gethostname(), Path(os.devnull))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seen = [*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)]
+    found = certify([each.recipe for each in seen], device, lambda row: console.say(_line(row)))
+    folder = options.out or Path(resolved.recipe.parallel.certificate_folder)
+    path = certificate.path_of(folder, resolved.recipe.name, device.type)
+    made = {
+        "recipe": resolved.recipe.name,
+        "command": f"mirai bench {shlex.join(sys.argv[1:])}",
+        "commit": commit_of_code(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    certificate.write(path, made | found)
+    counts = Counter(row["state"] for row in found["rows"])
+    told = ", ".join(f"{counts[state]} {state}" for state in (PASSED, FAILED, NOT_CERTIFIED))
+    console.say(f"{shown_path(path)}: {told}")
+    if device.type == "cpu":
+        console.warn("this is a certificate of a CPU: kernels need a CUDA device, and are not certified by it")
+    return 1 if counts[FAILED] else 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    error = "" if row.get("error") is None else f" {row['error']:.1e} (may be {row['bound']:.1e})"
+    reason = f": {row['reason']}" if row["reason"] else ""
+    return f"{row['state']:<13} {row['op']} by {row['variant']}, {row['dtype']} {row['shape']}{error}{reason}"
+
+
+if __name__ == "__main__":
+    main("bench", run)
