@@ -117,6 +117,8 @@ def shapes_of(recipe: Recipe) -> Shapes:
 def passes_of(recipe: Recipe) -> Iterator[Pass]:
     """Passes of all stages, as one rank would make them; those of the text encoder are not ours."""
     for stage in recipe.stages.values():
+        if stage.trajectories:
+            yield from passes.trajectory(recipe)
         for update in passes.updates(recipe, stage, ranks=1):
             yield from (each for each in update.passes if each.role != "text")
 

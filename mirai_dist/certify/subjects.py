@@ -187,11 +187,13 @@ def _token_inputs(shape: Tokens, kinds: str) -> list[Tensor]:
 
 def _unloaded(device: torch.device) -> str:
     """Why the kernels cannot be had here; empty: they can."""
+    if device.type != "cuda":
+        return NO_CUDA
     try:
         load()
     except ModuleNotFoundError as error:
         return f"package {error.name} is not installed"
-    return "" if device.type == "cuda" else NO_CUDA
+    return ""
 
 
 # --- our own operators that no network calls yet -----------------------------------------------------------------

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(0, socket.gethostname(), Path(os.devnull))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seen = [*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)]
-    found = certify([each.recipe for each in seen], device, lambda row: console.say(_line(row)))
+    found = certify([each.recipe for each in seen], device, lambda row: _tell(row, console))
     folder = options.out or Path(resolved.recipe.parallel.certificate_folder)
     path = certificate.path_of(folder, resolved.recipe.name, device.type)
     made = {
@@ -43,6 +43,9 @@ def run(options: argparse.Namespace) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     certificate.write(path, made | found)
+    missing = Counter((row["op"], row["variant"], row["reason"]) for row in found["rows"] if "error" not in row)
+    for (op, variant, reason), shapes in missing.items():
+        console.say(f"{NOT_CERTIFIED}: {op} by {variant}, {shapes} shapes: {reason}")
     counts = Counter(row["state"] for row in found["rows"])
     told = ", ".join(f"{counts[state]} {state}" for state in (PASSED, FAILED, NOT_CERTIFIED))
     console.say(f"{shown_path(path)}: {told}")
@@ -51,10 +54,12 @@ def run(options: argparse.Namespace) -> int:
     return 1 if counts[FAILED] else 0
 
 
-def _line(row: dict[str, Any]) -> str:
-    error = "" if row.get("error") is None else f" {row['error']:.1e} (may be {row['bound']:.1e})"
-    reason = f": {row['reason']}" if row["reason"] else ""
-    return f"{row['state']:<13} {row['op']} by {row['variant']}, {row['dtype']} {row['shape']}{error}{reason}"
+def _tell(row: dict[str, Any], console: Console) -> None:
+    """What was compared, as soon as it is."""
+    if "error" in row:
+        error = "" if row["error"] is None else f": {row['error']:.1e} from exact, may be {row['bound']:.1e}"
+        reason = f": {row['reason']}" if row["reason"] else error
+        console.say(f"{row['state']}: {row['op']} by {row['variant']}, {row['dtype']} {row['shape']}{reason}")
 
 
 if __name__ == "__main__":
