@@ -206,8 +206,8 @@ class _Kernels:
     missing: str
     dtype: torch.dtype
 
-    def _by(self, made: Callable[[str], Function], names: tuple[str, ...] = LIBRARIES) -> dict[str, Function | str]:
-        return {name: self.missing or made(name) for name in names}
+    def _by(self, made: Callable[[str], Function], names: tuple[str, ...] = ()) -> dict[str, Function | str]:
+        return {name: self.missing or made(name) for name in names or LIBRARIES}
 
     def chunk_attention(self, call: Dense) -> Subject:
         """Cached keys are constants, in a cache whose unused end is NaN."""
