@@ -37,7 +37,7 @@ def subjects(shapes: Shapes, device: torch.device) -> Iterator[Subject]:
     for whole in shapes.segments:
         yield from _segments(whole, need)
     for tokens in shapes.tokens:
-        yield from _token_operators(tokens, device)
+        yield from _over_tokens(tokens, device)
     kernels = _Kernels(_unloaded(device), need.dtype)
     yield from (kernels.chunk_attention(call) for call in shapes.dense if call.past)
     yield from (kernels.prefix_attention(whole) for whole in shapes.segments)
@@ -143,7 +143,7 @@ class _Layer:
 Made = Callable[[TokenOps], Function]
 
 
-def _operators(shape: Tokens) -> dict[str, tuple[str, Made]]:
+def token_operators(shape: Tokens) -> dict[str, tuple[str, Made]]:
     """Name -> (inputs, function). Inputs: x tokens, v a vector a frame, w one weight a channel."""
     place = Placement(shape.grid, shape.first_frame, shape.copies)
 
@@ -172,15 +172,15 @@ def _operators(shape: Tokens) -> dict[str, tuple[str, Made]]:
     }
 
 
-def _token_operators(shape: Tokens, device: torch.device) -> Iterator[Subject]:
+def _over_tokens(shape: Tokens, device: torch.device) -> Iterator[Subject]:
     missing = _unloaded(device)
-    for name, (kinds, made) in _operators(shape).items():
+    for name, (kinds, made) in token_operators(shape).items():
         variants: Mapping[str, Function | str] = {"fused": missing or made(load())}
         plain = made(PLAIN)
-        yield Subject(f"{TOKENS}: {name}", str(shape), partial(_token_inputs, shape, kinds), plain, plain, variants)
+        yield Subject(f"{TOKENS}: {name}", str(shape), partial(token_inputs, shape, kinds), plain, plain, variants)
 
 
-def _token_inputs(shape: Tokens, kinds: str) -> list[Tensor]:
+def token_inputs(shape: Tokens, kinds: str) -> list[Tensor]:
     sizes = {"x": (shape.batch, shape.count, shape.dim), "v": (shape.batch, shape.vectors, shape.dim), "w": (shape.dim,)}
     return [drawn(seed, *sizes[kind]) + (kind == "w") for seed, kind in enumerate(kinds)]
 
@@ -260,7 +260,7 @@ class _Kernels:
         def made(by: str) -> Function:
             return partial(_written, shape)
 
-        inputs = partial(_token_inputs, shape, "xxxww")
+        inputs = partial(token_inputs, shape, "xxxww")
         return Subject(CACHE, str(shape), inputs, plain, plain, self._by(made, ("triton",)), gradient=False)
 
     def cosine_head(self, head: Head) -> Subject:

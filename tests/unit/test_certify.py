@@ -113,7 +113,7 @@ def test_each_token_operator_is_compared(
 ) -> None:
     monkeypatch.setattr(subjects, "load", lambda: ops)
     monkeypatch.setattr(subjects, "_unloaded", lambda device: "")
-    found = subjects._token_operators(shapes().tokens[0], CPU)
+    found = subjects._over_tokens(shapes().tokens[0], CPU)
     rows = [row for subject in found for row in judged(subject, getattr(torch, dtype), CPU)]
     assert len(rows) == 6
     assert {row["op"].split(": ")[1] for row in rows if row["state"] == FAILED} == wrong, rows
