@@ -24,9 +24,12 @@ from mirai_dist.models.wan.token_ops import PLAIN, Placement, TokenOps, load
 # Passes over tokens [N, dim] that an operator cannot do without: what it reads and writes, forward and backward.
 PASSES = {"placed": (4, 6), "queries": (2, 3), "added and normed": (4, 6), "added and modulated": (4, 6)}
 PASSES |= {"modulated": (2, 3), "added": (3, 4)}
-# Bytes a token and channel that a block's forward moves outside products and attention, with a feed-forward 4 wide:
-# counted by benchmarks/kernels/count_bytes.py. Backward twice that.
-MOVED = {"released": 332.0, "plain": 158.0, "fused": 64.0}
+# KB a token that a block moves outside products and attention, forward and backward, by the width of its model, as
+# benchmarks/kernels/count_bytes.py counts; other widths in proportion to the smaller.
+MOVED = {
+    1536: {"released": (505, 827), "plain": (338, 750), "fused": (95, 222)},
+    5120: {"released": (1594, 2614), "plain": (1055, 2365), "fused": (253, 611)},
+}
 TEXT = 512
 
 
@@ -54,11 +57,12 @@ class Pass:
         dim, rows = self.shape.dim, self.batch * self.tokens
         flops = rows * (12.0 * dim**2 + 4.0 * dim * self.shape.ffn_dim) + 4.0 * self.batch * self.text * dim**2
         attended = 4.0 * dim * rows * (self.tokens + self.past + self.text)
-        times = (4, 2, 4) if self.gradient else (1, 1, 1)  # products, attention's forwards, memory
+        counted = dim if dim in MOVED else 1536
+        forward, backward = (1e3 * rows * dim / counted * each for each in MOVED[counted][arithmetic])
         found = (
-            Work("gemm", times[0] * flops),
-            Work(f"attention {dense}", times[1] * attended),
-            Work("memory", times[2] * MOVED[arithmetic] * rows * dim),
+            Work("gemm", (4 if self.gradient else 1) * flops),
+            Work(f"attention {dense}", (2 if self.gradient else 1) * attended),
+            Work("memory", 2 * forward + backward if self.gradient else forward),
         )
         return found + ((Work(f"attention {dense} backward", 2.5 * attended),) if self.gradient else ())
 
