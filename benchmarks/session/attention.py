@@ -25,6 +25,11 @@ class Sizes:
     segments: int
     heads: tuple[int, int]
 
+    @property
+    def seen(self) -> list[int]:
+        """How many segments the first, the middle and the last one see."""
+        return sorted({1, (self.segments + 1) // 2, self.segments})
+
 
 def sizes(desk: Desk) -> Sizes:
     return Sizes(12, 3, (1, 2)) if desk.rehearsal else Sizes(4680, 7, (12, 40))
@@ -42,8 +47,8 @@ def backends(desk: Desk) -> None:
             desk.skip(Case("attention", candidate.name, "any"), dict(found.refused)[candidate.name])
         else:
             serving[candidate.name] = found.backend
-    lengths = [(whole, whole, size.heads[0]), (whole, whole, size.heads[1])]
-    lengths += [(size.chunk, size.chunk * seen, size.heads[0]) for seen in sorted({1, (size.segments + 1) // 2, size.segments})]
+    lengths = [(whole, whole, heads) for heads in size.heads]
+    lengths += [(size.chunk, size.chunk * seen, size.heads[0]) for seen in size.seen]
     for queries, keys, heads in lengths:
         qkv = [desk.drawn(1, tokens, heads, WIDTH) for tokens in (queries, keys, keys)]
         for name, attend in serving.items():
@@ -88,7 +93,7 @@ def _teacher_forcing(desk: Desk, size: Sizes, need: Need, serving: dict[str, Pat
         _both(desk, FLEX.name, f"teacher forcing, {shape}", flops, flex.backend.teacher_forced(size.chunk), qkv)
     best = "cudnn" if "cudnn" in serving else "sdpa"
     by_segment = BySegment(serving[best]).teacher_forced(size.chunk)
-    _both(desk, f"{best}", f"teacher forcing by segment, {shape}", flops, by_segment, qkv)
+    _both(desk, best, f"teacher forcing by segment, {shape}", flops, by_segment, qkv)
     if not desk.cuda:
         desk.skip(Case("teacher forcing", "segment prefix attention", shape), NO_CUDA)
         return
@@ -106,7 +111,7 @@ def chunk_backward(desk: Desk) -> None:
     """Backward alone: over all keys as a library does it, and for the chunk's own keys and values alone (split)."""
     size = sizes(desk)
     heads = size.heads[0]
-    for segments in sorted({1, (size.segments + 1) // 2, size.segments}):
+    for segments in size.seen:
         past = size.chunk * (segments - 1)
         own = [desk.drawn(1, size.chunk, heads, WIDTH) for _ in range(3)]
         held = [desk.drawn(1, past + size.chunk, heads, WIDTH) for _ in range(2)]

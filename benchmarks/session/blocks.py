@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.kernels.count_bytes import MODELS, Released
 from benchmarks.session.attention import differentiated
 from benchmarks.session.measure import NO_CUDA, Case, Desk, Work
-from mirai_dist.attention.patterns import Backends, BySegment
+from mirai_dist.attention.patterns import Backends
 from mirai_dist.attention.select import Need, select
 from mirai_dist.models.wan.keys import WanShape
 from mirai_dist.models.wan.model import BlockInputs, WanBlock
@@ -98,22 +98,21 @@ def fused(desk: Desk) -> None:
             case = Case(f"{name} forward", "", str(shape), (Work("memory", forward),))
             both = Case(f"{name} forward and backward", "", str(shape), (Work("memory", forward + backward),))
             for variant, ops in arithmetics(desk, case, shape.dim // shape.heads):
-                function = made(ops)
-                _forward_and_backward(desk, replace(case, variant=variant), replace(both, variant=variant), function, inputs)
+                _forward_and_backward(desk, variant, (case, both), made(ops), inputs)
             if desk.rehearsal:
                 desk.skip(replace(case, variant="plain, compiled"), "compiling takes longer than a rehearsal")
             else:
                 compiled = torch.compile(made(PLAIN))
-                pair = (replace(each, variant="plain, compiled") for each in (case, both))
-                _forward_and_backward(desk, *pair, compiled, inputs)
+                _forward_and_backward(desk, "plain, compiled", (case, both), compiled, inputs)
     _cosine_head(desk)
 
 
 def _forward_and_backward(
-    desk: Desk, case: Case, both: Case, function: Callable[..., Any], inputs: list[Tensor]
+    desk: Desk, variant: str, cases: tuple[Case, Case], function: Callable[..., Any], inputs: list[Tensor]
 ) -> None:
+    forward, both = (replace(each, variant=variant) for each in cases)
     with torch.no_grad():
-        desk.time(case, lambda: function(*inputs))
+        desk.time(forward, lambda: function(*inputs))
     desk.time(both, differentiated(function, inputs))
 
 
@@ -216,26 +215,24 @@ def cycle(desk: Desk, path: Path) -> None:
                 one = replace(case, variant=name, work=each.work(variant, dense[0]))
                 measured.setdefault((variant, dense[0]), {})[each] = desk.time(one, block(desk, each, ops, dense[1]))
     for (variant, dense_name), times in measured.items():
-        _assembled(desk, f"{variant}, {dense_name}", counted, times, lambda one: one.work(variant, dense_name))
+        _assembled(desk, (variant, dense_name), counted, times)
 
 
 def _of_planner(recipe: Any, each: Any) -> Pass:
     from mirai_dist.plan.shapes import frame_tokens, network_of
 
-    network = network_of(each.role, recipe)
-    shape = WanShape(
-        network.dim, network.ffn_dim, network.heads, network.blocks, recipe.text.dim, recipe.video.channels, network.freq_dim
-    )
+    network, channels = network_of(each.role, recipe), recipe.video.channels
+    widths = network.dim, network.ffn_dim, network.heads
+    shape = WanShape(*widths, network.blocks, recipe.text.dim, channels, network.freq_dim)
     grid = (each.tokens // frame_tokens(recipe), recipe.video.latent_height // 2, recipe.video.latent_width // 2)
     return Pass(f"{network.dim} wide", shape, each.batch, grid, each.past, each.gradient, recipe.text.length)
 
 
 def _assembled(
     desk: Desk,
-    variant: str,
+    by: tuple[str, str],
     counted: dict[tuple[Pass, str], float],
     times: dict[Pass, float | None],
-    work: Callable[[Pass], tuple[Work, ...]],
 ) -> None:
     """A row a phase, and one for their sum; a phase of which a pass was not measured is not added up."""
     phases: dict[str, list[tuple[float, Pass]]] = {}
@@ -243,8 +240,8 @@ def _assembled(
         phases.setdefault(phase, []).append((count, each))
     phases["all"] = [(count, each) for (each, _), count in counted.items()]
     for phase, made in phases.items():
-        case = Case(f"cycle, {phase}", variant, f"{sum(count for count, _ in made):.1f} blocks")
-        found = [(count, times.get(each), desk.predicted_ms(work(each))) for count, each in made]
+        case = Case(f"cycle, {phase}", ", ".join(by), f"{sum(count for count, _ in made):.1f} blocks")
+        found = [(count, times.get(each), desk.predicted_ms(each.work(*by))) for count, each in made]
         if any(ms is None for _, ms, _ in found):
             desk.skip(case, "a pass of it was not measured")
             continue

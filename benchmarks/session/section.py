@@ -20,12 +20,7 @@ RECIPES = {False: "recipes/wan/causal-forcing-chunkwise-mirai-8x8.yaml", True: "
 
 def ceilings(desk: Desk) -> None:
     """What copies and products reach: what every other rate is held against."""
-    count = 1 << (16 if desk.rehearsal else 31)
-    source = desk.drawn(count)
-    target = torch.empty_like(source)
-    moved = 2 * source.nbytes
-    desk.time(Case("copy", "torch", f"{moved / 1e9:.1f} GB", (Work("memory", moved),)), lambda: target.copy_(source))
-    del source, target
+    _copy(desk, 1 << (16 if desk.rehearsal else 31))
     for rows, inner, columns in ((64, 64, 64),) if desk.rehearsal else PRODUCTS:
         shape, flops = f"{rows} x {inner} x {columns}", 2.0 * rows * inner * columns
         left, right = desk.drawn(rows, inner), desk.drawn(columns, inner)
@@ -35,6 +30,13 @@ def ceilings(desk: Desk) -> None:
             desk.skip(case, NO_CUDA)
             continue
         desk.time(case, _scaled(left, right))
+
+
+def _copy(desk: Desk, count: int) -> None:
+    source = desk.drawn(count)
+    target = torch.empty_like(source)
+    moved = 2 * source.nbytes
+    desk.time(Case("copy", "torch", f"{moved / 1e9:.1f} GB", (Work("memory", moved),)), lambda: target.copy_(source))
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -40,8 +40,9 @@ class Subject:
 
 def judged(subject: Subject, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
     """A row for each variant: its largest error, what it is held to, and whether two runs gave the same bits."""
-    runnable = {name: each for name, each in subject.variants.items() if not isinstance(each, str)}
-    rows = [_row(subject, name, NOT_CERTIFIED, each) for name, each in subject.variants.items() if isinstance(each, str)]
+    given = subject.variants.items()
+    runnable = {name: each for name, each in given if not isinstance(each, str)}
+    rows = [_row(subject, name, NOT_CERTIFIED, each) for name, each in given if isinstance(each, str)]
     if runnable and device.type == "cpu" and subject.work > CPU_LIMIT:
         reason = "in float64 it is too much for a CPU"
         return rows + [_row(subject, name, NOT_CERTIFIED, reason) for name in runnable]
@@ -56,7 +57,8 @@ def judged(subject: Subject, dtype: torch.dtype, device: torch.device) -> list[d
         if name in OURS and measured["same_twice"] is False and not measured["reason"]:
             measured["reason"] = "gives other bits the second time"
         state = FAILED if measured["reason"] else PASSED
-        rows.append(_row(subject, name, state, measured.pop("reason")) | measured | {"plain_error": plain, "bound": bound})
+        measured |= {"plain_error": plain, "bound": bound}
+        rows.append(_row(subject, name, state, measured.pop("reason")) | measured)
     return rows
 
 

@@ -70,7 +70,8 @@ def _dense(call: Dense, need: Need) -> Subject:
     variants = {each.name: _variant(each, need, by) for each in DENSE}
     inputs = _inputs(call.batch, (call.queries, call.keys, call.keys), call.heads, call.head_dim)
     work = 2.0 * call.batch * call.queries * call.keys * call.heads * call.head_dim
-    return Subject(ATTENTION, str(call), inputs, lambda *qkv: [exact.attention(*qkv)], by(sdpa.dense), variants, work=work)
+    exactly = lambda *qkv: [exact.attention(*qkv)]
+    return Subject(ATTENTION, str(call), inputs, exactly, by(sdpa.dense), variants, work=work)
 
 
 def _variant(candidate: Candidate, need: Need, by: Callable[[Any], Function]) -> Function | str:
@@ -181,7 +182,8 @@ def _over_tokens(shape: Tokens, device: torch.device) -> Iterator[Subject]:
 
 
 def token_inputs(shape: Tokens, kinds: str) -> list[Tensor]:
-    sizes = {"x": (shape.batch, shape.count, shape.dim), "v": (shape.batch, shape.vectors, shape.dim), "w": (shape.dim,)}
+    rows = {"x": shape.count, "v": shape.vectors}
+    sizes = {kind: (shape.batch, count, shape.dim) for kind, count in rows.items()} | {"w": (shape.dim,)}
     return [drawn(seed, *sizes[kind]) + (kind == "w") for seed, kind in enumerate(kinds)]
 
 
@@ -212,10 +214,10 @@ class _Kernels:
     def chunk_attention(self, call: Dense) -> Subject:
         """Cached keys are constants, in a cache whose unused end is NaN."""
         own = call.keys - call.past
-        held = [(7, call.past), (8, call.past)]
+        size = call.batch, call.past, call.heads, call.head_dim
 
         def cached(x: Tensor) -> list[Tensor]:
-            return [drawn(seed, call.batch, count, call.heads, call.head_dim).to(self.dtype).to(x) for seed, count in held]
+            return [drawn(seed, *size).to(self.dtype).to(x) for seed in (7, 8)]
 
         def joined(attend: Pattern) -> Function:
             return lambda q, k, v: [

@@ -345,8 +345,8 @@ class Parallel:
     )
     certificates: str = key(
         "prefer",
-        help="what needs a certificate of `mirai bench kernels --certify`; prefer: fused kernels, and attention without "
-        "one is warned of; require: attention too, or the run ends; ignore: nothing",
+        help="what needs a certificate of `mirai bench kernels --certify`; prefer: fused kernels, and of attention "
+        "without one is warned; require: both, or the run ends; ignore: nothing",
         choices=("ignore", "prefer", "require"),
     )
     certificate_folder: str = key(
