@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -136,9 +137,7 @@ Family = Callable[[int, int, int], Iterator[tuple[str, Launch]]]
 FAMILIES: tuple[Family, ...] = (attention, norm_rope, residual_modulate, cosine_head)
 
 
-def type_of(value: object) -> str | tuple[str, ...]:
-    if isinstance(value, tuple):
-        return tuple(TYPES[type(each)] for each in value)
+def type_of(value: object) -> str:
     return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else TYPES[type(value)]
 
 
@@ -217,7 +216,7 @@ def main() -> None:
     parser.add_argument("--only", choices=[each.__name__ for each in FAMILIES], help="these kernels alone")
     arguments = parser.parse_args()
     file = arguments.json
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile for the interpreter")
     found = list(rows([each for each in FAMILIES if arguments.only in (None, each.__name__)]))
     if file:

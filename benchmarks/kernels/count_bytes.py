@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/count_bytes.py [--json FILE]      needs triton; no GPU, no memory: tensors are fake
 
-Counted is what each operator that torch dispatches reads and writes, every tensor once; views move nothing. Sums that
-a fused backward keeps for itself are left out: under one per cent.
+Counted is what each operator that torch dispatches reads and writes, every tensor once; views move nothing. The partial
+sums inside a fused backward are not seen: 1 to 2 per cent of it.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class Gpus:
         choices=("gpus-per-node", "gres", "none"),
     )
     type: str = key("", help="type as `sinfo -o %G` shows it, such as h100; empty: any")
+    model: str = key("", help="what `mirai plan --gpu` calls them, such as h100-80gb; empty: jobs are not planned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,9 @@ class Cluster:
     memory: str = key("", help="--mem, a node: 0 for all of it, or 512G; empty: the site's default")
     time: str = key(help="time limit of a job, unless --time is given: 24:00:00 or 1-12:00:00")
     warning: int = key(
-        300, help="seconds before the time limit at which the run saves and is queued again: an update and a save"
+        0,
+        help="seconds before the time limit at which the run saves and is queued again; 0: from the plan's seconds "
+        "of a cycle and a save",
     )
     requeues: int = key(3, help="attempts in a row that may leave no new checkpoint before the job stays down")
     launch: str = key(
@@ -130,7 +133,7 @@ def _problems(cluster: Cluster) -> Iterator[tuple[str, str]]:
         ("gpus.per_node", cluster.gpus.per_node, 0),
         ("cpu_ranks", cluster.cpu_ranks, 1),
         ("cpus", cluster.cpus, 0),
-        ("warning", cluster.warning, 1),
+        ("warning", cluster.warning, 0),
         ("requeues", cluster.requeues, 0),
         ("meeting", cluster.meeting, 5),
     ):
@@ -152,6 +155,8 @@ _LISTS = {
 
 
 def _texts(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    if not re.fullmatch(r"[\w.-]*", cluster.gpus.model):
+        yield "gpus.model", f"is {cluster.gpus.model!r}; one of the names that `mirai plan --gpu` knows"
     if not re.fullmatch(r"[\w.:+-]*", cluster.gpus.type):
         yield "gpus.type", f"is {cluster.gpus.type!r}; one word, as `sinfo -o %G` shows it"
     if not re.fullmatch(r"[\w.:@+&|*()\[\]-]*", cluster.constraint):

@@ -116,15 +116,15 @@ def replay_update(stage: DmdStage) -> None:
     """One predictor update on the cached pairs of the last generator update; nothing else moves."""
     assert stage.predictor is not None
     predictor, arithmetic = stage.predictor, stage.arithmetic
-    pairs = list(stage.replay.batches(stage.stage.batch.micro_size))
 
-    def loss_of(which: list[int]) -> Tensor:
+    def loss_of(samples: list[int]) -> Tensor:
         with stage.ledger.phase("replay"):
-            loss, cosine = foresight_method.foresight_loss(predictor.network, *pairs[which[0]], arithmetic)
+            pairs = stage.replay.pairs(samples)
+            loss, cosine = foresight_method.foresight_loss(predictor.network, *pairs, arithmetic)
         stage.metrics.add("cosine/replay", cosine)
         return stage.recipe.foresight.weight * loss
 
-    update(stage, "replay", [predictor], [[i] for i in range(len(pairs))], loss_of)
+    update(stage, "replay", [predictor], stage.replay.batches(stage.stage.batch.micro_size), loss_of)
 
 
 def flow_update(stage: FlowStage, at: Moment) -> None:

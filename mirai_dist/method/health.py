@@ -82,15 +82,16 @@ def by_bucket(name: str, values: Tensor, timesteps: Tensor) -> Parts:
 def critic_error(scores: Scores) -> Parts:
     """Parts of the critic's error per bucket, and relative to the teacher's and to a Gaussian's.
 
-    What a velocity is wrong by is the error of its x0 divided by sigma. For one channel of variance s^2 the best
-    estimate of a Gaussian is wrong by s^2 / ((1 - sigma)^2 s^2 + sigma^2), whatever its mean.
+    What a velocity is wrong by is the error of its x0 divided by sigma. For one channel of a clip, of variance s^2,
+    the best estimate of a Gaussian is wrong by s^2 / ((1 - sigma)^2 s^2 + sigma^2), whatever its mean. Clip by clip, so
+    that the number does not depend on which clips share a micro-batch.
     """
     sigma = expand_like(scores.timesteps, scores.latents)
     critic, teacher = (
         ((estimate - scores.latents) / sigma).square().mean(dim=(1, 2, 3, 4))
         for estimate in (scores.fake, scores.conditional)
     )
-    variance = scores.latents.var(dim=(0, 1, 3, 4), unbiased=False)  # [C]
+    variance = scores.latents.var(dim=(1, 3, 4), unbiased=False)  # [B, C]
     noise = sigma.reshape(-1, 1)
     gaussian = (variance / ((1.0 - noise).square() * variance + noise.square())).mean()
     return {

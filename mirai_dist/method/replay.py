@@ -6,7 +6,7 @@ otherwise, and run with segments as batch (Video-Mirai section 3.4; spec 7.2 ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,13 +32,15 @@ class ReplayCache:
             self.states[sample] = states[index].detach().to(place, copy=True)
             self.targets[sample] = targets[index].detach().to(place, copy=True)
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of `size` samples at a time, in sample order: states [size, I, S, dim], targets [size, I, S, D]."""
+    def batches(self, size: int) -> list[list[int]]:
+        """The samples that have a pair, in order, `size` at a time."""
         samples = sorted(self.states)
-        for first in range(0, len(samples), size):
-            chosen = samples[first : first + size]
-            states = torch.stack([self.states[s].to(self.device) for s in chosen])
-            yield states, torch.stack([self.targets[s].to(self.device) for s in chosen])
+        return [samples[first : first + size] for first in range(0, len(samples), size)]
+
+    def pairs(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pairs of these samples on the device: states [B, I, S, dim], targets [B, I, S, D]."""
+        states = torch.stack([self.states[s].to(self.device) for s in samples])
+        return states, torch.stack([self.targets[s].to(self.device) for s in samples])
 
     def _place(self, new_bytes: int) -> torch.device:
         if self.device.type == "cpu":

@@ -184,12 +184,12 @@ class _Ledger:
 
     def _replay(self, update: Update, phase: str) -> dict[tuple[str, str], int]:
         """Pairs of the rank's samples: cleared when a generator update begins, and filled micro-batch by micro-batch;
-        a replay update makes a second copy, of all its micro-batches."""
+        a replay update makes a second copy of one micro-batch."""
         if self.stage.kind != "dmd" or "predictor" not in self.roles.trained:
             return {}
         one, count = self.stage.batch.micro_size * replay_pair(self.recipe), update.micro_batches
         if update.name == "replay":
-            return {("replay cache", "predictor"): 2 * count * one}
+            return {("replay cache", "predictor"): (count + 1) * one}
         filled = update.name != "generator" or phase == "predictor"
         return {("replay cache", "predictor"): (count if filled else count - 1) * one}
 

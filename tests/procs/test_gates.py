@@ -28,7 +28,6 @@ from mirai_dist.cycle.pipeline import Place
 from mirai_dist.cycle.studio import Studio
 from mirai_dist.evaluate import video_files
 from mirai_dist.models.wan.keys import WanShape
-from mirai_dist.runtime.bootstrap import World
 from mirai_dist.runtime.signals import StopRequest
 from tests import wan_files
 from tests.procs import tiny
@@ -52,11 +51,10 @@ def run(folder: Path, *overrides: str, only: Sequence[str] = (), sampled: Change
     before = len(log.read_text()) if log.exists() else 0
 
     def body(rank: int) -> str:
-        here = World(rank, rank, ranks, ranks, "here", tiny.CPU)
         console = tiny.console(folder)
         error = ""
         try:
-            run_chain(resolved, Place(here, folder, console, StopRequest()), chosen(resolved.recipe, only))
+            run_chain(resolved, Place(tiny.world(), folder, console, StopRequest()), chosen(resolved.recipe, only))
         except (GateFailed, RecipeError, FileError) as refusal:
             assert refusal.exit_code == 20
             error = f"{type(refusal).__name__}: {refusal}"

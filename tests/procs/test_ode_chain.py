@@ -30,7 +30,6 @@ from mirai_dist.method.flow import euler_grid
 from mirai_dist.models.text import VocabularyEncoder
 from mirai_dist.models.wan import WanModel
 from mirai_dist.models.wan.keys import shapes_of
-from mirai_dist.runtime.bootstrap import World
 from mirai_dist.runtime.signals import StopRequest
 from mirai_dist.state.checkpoint import describe, load_network
 from mirai_dist.state.commit import latest
@@ -56,9 +55,8 @@ def run_chain(folder: Path, ranks: int, *overrides: str) -> None:
     (folder / "effective.yaml").write_text("test\n")
 
     def body(rank: int) -> None:
-        here = World(rank, rank, ranks, ranks, "here", tiny.CPU)
         console = tiny.console(folder)
-        run_steps(resolved, Place(here, folder, console, StopRequest()), steps(resolved.recipe))
+        run_steps(resolved, Place(tiny.world(), folder, console, StopRequest()), steps(resolved.recipe))
         console.close()
         dist.barrier()
 

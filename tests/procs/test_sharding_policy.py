@@ -100,7 +100,8 @@ def check_effective(stage: Any, recipe: schema.Recipe) -> None:
         assert told["recomputed blocks"] == len(role.plan.recompute)
         assert told["reduce"] == "float32"
     settings = written["foresight"]
-    assert settings == {"generator blocks": stage.generator_blocks, "encoder blocks": stage.encoder_blocks}
+    blocks = {"generator blocks": stage.generator_blocks, "encoder blocks": stage.encoder_blocks}
+    assert settings == blocks | {"weights": {stage.name: recipe.foresight.weight}}
     assert tuple(written["denoising timesteps"]) == stage.rollout.timesteps
 
 

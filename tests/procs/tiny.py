@@ -113,11 +113,15 @@ def console(folder: Path) -> Console:
     return Console(dist.get_rank(), "here", folder / "logs" / f"rank-{dist.get_rank()}.log")
 
 
+def world() -> World:
+    """This rank among those of the present process group, all on one host."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return World(rank, rank, ranks, ranks, "here", CPU, store=None)  # type: ignore[arg-type]  # stages need none
+
+
 def run_of(recipe: schema.Recipe, seed: int = SEED, stage: str = "distil", run_dir: Path = Path()) -> Run:
     """What stages share, on this rank of the present process group, made as the pipeline makes it."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    world = World(rank, rank, ranks, ranks, "here", CPU, store=None)  # type: ignore[arg-type]  # stages need none
-    place = Place(world, run_dir, None, StopRequest())  # type: ignore[arg-type]
+    place = Place(world(), run_dir, None, StopRequest())  # type: ignore[arg-type]
     return make_run(Job(stage, "", Path(), recipe, seed), place)
 
 

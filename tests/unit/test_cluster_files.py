@@ -58,7 +58,7 @@ def test_a_site_file_can_extend_another(write, tmp_path: Path) -> None:
         ("environment: {NCCL_DEBUG: {value: INFO}}", 4, ["missing key environment.NCCL_DEBUG.reason"]),
         ("environment: {NCCL_DEBUG: {value: INFO, reason: ' '}}", 4, ["needs a value of one line and a reason"]),
         ("environment: {A-B: {value: x, reason: y}}", 4, ["environment.A-B", "no name of an environment variable"]),
-        ("warning: 0", 4, ["warning is 0; at least 1"]),
+        ("warning: -1", 4, ["warning is -1; at least 0"]),
         ("cpus: 4", 4, ["cpus is 4 for 8 ranks a node"]),
         ("memory: lots", 4, ["memory is 'lots'"]),
         ("container: {kind: pyxis}", 4, ["container.kind is pyxis, but container.image is empty"]),
@@ -102,7 +102,8 @@ def test_an_empty_or_missing_file(write) -> None:
 
 CHANGED = {
     "name": "y", "partition": "p", "account": "a", "qos": "q", "constraint": "c", "reservation": "r", "exclude": ["n1"],
-    "exclusive": False, "gpus.per_node": 4, "gpus.form": "gres", "gpus.type": "h100", "cpu_ranks": 2, "cpus": 16,
+    "exclusive": False, "gpus.per_node": 4, "gpus.form": "gres", "gpus.type": "h100", "gpus.model": "h200-141gb",
+    "cpu_ranks": 2, "cpus": 16,
     "memory": "9G", "time": "90", "warning": 301, "requeues": 4, "launch": "task", "python": "python3.12",
     "launcher_python": "/p", "modules": ["m"], "scratch": "/s", "container.kind": "apptainer", "container.image": "j",
     "container.mounts": ["/m"], "environment.A.value": "w", "environment.A.reason": "q", "meeting": 60,
@@ -133,7 +134,9 @@ def script(folder: Path, tree: dict) -> str:
     """What `mirai submit --dry-run` would print for a cluster file."""
     file = folder / "cluster.yaml"
     file.write_text(dump(tree))
-    batches = ["parallel.replicas=1", *(f"stages.{name}.batch.global_size=8" for name in STAGES)]
+    # the planner has seconds for bf16 alone
+    batches = ["parallel.replicas=1", "parallel.compute_dtype=bfloat16"]
+    batches += [f"stages.{name}.batch.global_size=8" for name in STAGES]
     wish = Wish(TINY, file, nodes=1, run_dir=folder / "run", overrides=tuple(batches))
     prepared = replace(prepare(wish), folder="slurm/now")
     return "".join(scripts(prepared, folder / "code").values())

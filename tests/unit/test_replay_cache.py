@@ -28,7 +28,8 @@ def filled(groups: list[list[int]]) -> ReplayCache:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
 def test_round_trip_in_sample_order_and_in_batches(size: int) -> None:
     cache = filled([[6, 2], [9, 0], [4]])
-    batches = list(cache.batches(size))
+    assert sum(cache.batches(size), []) == [0, 2, 4, 6, 9]
+    batches = [cache.pairs(samples) for samples in cache.batches(size)]
     order = [0, 2, 4, 6, 9]
     assert [len(states) for states, _ in batches] == [len(order[i : i + size]) for i in range(0, 5, size)]
     assert torch.equal(torch.cat([states for states, _ in batches]), torch.stack([pair(s)[0] for s in order]))
@@ -40,23 +41,23 @@ def test_pairs_are_detached_copies_in_their_own_dtypes() -> None:
     states.requires_grad_()
     cache = ReplayCache(CPU)
     cache.store([1], states * 1, targets.bfloat16())
-    kept_states, kept_targets = next(iter(cache.batches(1)))
+    kept_states, kept_targets = cache.pairs([1])
     assert not kept_states.requires_grad
     assert (kept_states.dtype, kept_targets.dtype) == (torch.float64, torch.bfloat16)
     shared = targets.clone()
     cache.store([1], states, shared)
     shared.zero_()
-    assert torch.equal(next(iter(cache.batches(1)))[1], targets)  # a copy: the caller may reuse its memory
+    assert torch.equal(cache.pairs([1])[1], targets)  # a copy: the caller may reuse its memory
 
 
 def test_a_new_pair_replaces_the_old_one_and_clear_forgets() -> None:
     cache = filled([[1, 2]])
     state, target = pair(7)
     cache.store([1], state[None], target[None])
-    states, _ = next(iter(cache.batches(2)))
+    states, _ = cache.pairs([1, 2])
     assert torch.equal(states, torch.stack([state, pair(2)[0]]))
     cache.clear()
-    assert list(cache.batches(2)) == [] and not cache.states and not cache.targets
+    assert cache.batches(2) == [] and not cache.states and not cache.targets
 
 
 def test_pairs_over_the_budget_stay_in_host_memory() -> None:
@@ -69,4 +70,4 @@ def test_pairs_over_the_budget_stay_in_host_memory() -> None:
         cache.store([sample], state, target)
     assert [cache.states[sample].device.type for sample in range(4)] == ["meta", "meta", "cpu", "cpu"]
     assert [cache.targets[sample].device.type for sample in range(4)] == ["meta", "meta", "cpu", "cpu"]
-    assert all(part.device == device for batch in cache.batches(3) for part in batch)
+    assert all(part.device == device for samples in cache.batches(3) for part in cache.pairs(samples))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from mirai_kernels.chunk_attention.triton_backward import backward_own, backward_queries
-from mirai_kernels.chunk_attention.triton_forward import forward
+from mirai_kernels.chunk_attention.triton_forward import RUN_ENDS, forward
 from mirai_kernels.dense_attention.library import LIBRARIES, Attended, Gradients, Library
-from mirai_kernels.launch import Launch
+from mirai_kernels.launch import Launch, padded, programs
 
 TRITON = "triton"
 WIDEST = 128  # numbers a head
@@ -46,9 +47,8 @@ class Segment(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """keys and values [B, capacity, H, D], tokens of a sample densely; runs: first, end of tokens, a pair a run.
-
-    Nothing outside the runs is read."""
+    """keys and values [B, capacity, H, D], tokens of a sample densely; runs: first, end of tokens, a pair a run. A sink
+    and a ring in two pieces make three runs, and there are no more. Nothing outside them is read."""
 
     keys: Tensor
     values: Tensor
@@ -74,11 +74,11 @@ BACKWARD_OWN = {2: Tiles(64, 64, 8, 2), 4: Tiles(32, 64, 8, 1)}
 def _constants(q: Tensor, tiles: Tiles) -> dict[str, Any]:
     """Sizes, and the dtype that tiles are multiplied in. Float32 is multiplied as such, never rounded first; the
     interpreter, whose bfloat16 products are wrong, multiplies that in float32 too."""
-    widened = triton.knobs.runtime.interpret and q.dtype == torch.bfloat16
+    widened = knobs.runtime.interpret and q.dtype == torch.bfloat16
     return {
         "HEADS": q.shape[2],
         "WIDTH": q.shape[3],
-        "PADDED": max(16, triton.next_power_of_2(q.shape[3])),
+        "PADDED": max(16, padded(q.shape[3])),
         "BLOCK_Q": tiles.queries,
         "BLOCK_K": tiles.keys,
         "COMPUTE": tl.float32 if widened else TYPES[q.dtype],
@@ -95,7 +95,7 @@ def _inputs(segment: Segment, cached: Cached | None) -> dict[str, Any]:
         "own_v": v,
         "cached_k": keys,
         "cached_v": values,
-        "runs": runs,
+        **dict(zip_longest(RUN_ENDS, runs, fillvalue=0)),
         "queries": q.shape[1],
         "own": k.shape[1],
         "q_batch": q.stride(0),
@@ -115,8 +115,8 @@ def forward_launch(segment: Segment, cached: Cached | None = None) -> tuple[Laun
     )
     tiles = FORWARD[q.element_size()]
     arguments = _inputs(segment, cached) | {"out": attended.out, "lse": attended.lse}
-    constants = _constants(q, tiles) | {"RUNS": len(arguments["runs"]) // 2}
-    grid = (triton.cdiv(queries, tiles.queries), samples * heads)
+    constants = _constants(q, tiles) | {"RUNS": len(cached.runs) // 2 if cached else 0}
+    grid = (programs(queries, tiles.queries), samples * heads)
     return Launch(forward, grid, arguments, constants, tiles.warps, tiles.stages), attended
 
 
@@ -135,8 +135,8 @@ def queries_launch(
     tiles = BACKWARD_QUERIES[q.element_size()]
     arguments = _inputs(segment, cached)
     arguments |= {"out": attended.out, "lse": attended.lse, "grad_out": grad_out, "delta": delta, "grad_q": grad_q}
-    constants = _constants(q, tiles) | {"RUNS": len(arguments["runs"]) // 2, "OWN": own_part is None}
-    grid = (triton.cdiv(queries, tiles.queries), samples * heads)
+    constants = _constants(q, tiles) | {"RUNS": len(cached.runs) // 2 if cached else 0, "OWN": own_part is None}
+    grid = (programs(queries, tiles.queries), samples * heads)
     return Launch(backward_queries, grid, arguments, constants, tiles.warps, tiles.stages), grad_q, delta
 
 
@@ -162,7 +162,7 @@ def own_launch(segment: Segment, lse: Tensor, grad_out: Tensor, delta: Tensor) -
         "own_batch": k.stride(0),
         "scale": q.shape[3] ** -0.5,
     }
-    grid = (triton.cdiv(own, tiles.keys), samples * heads)
+    grid = (programs(own, tiles.keys), samples * heads)
     return Launch(backward_own, grid, arguments, _constants(q, tiles), tiles.warps, tiles.stages), grad_k, grad_v
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mirai_kernels.chunk_attention import launch
 from mirai_kernels.chunk_attention.launch import TRITON, Cached, Segment, check_tensors
+from mirai_kernels.chunk_attention.triton_forward import RUN_ENDS
 from mirai_kernels.dense_attention.library import LIBRARIES, Attended
 from mirai_kernels.dense_attention.triton_merge import merge_launch
 
@@ -43,6 +44,8 @@ def _check_cached(cached: Cached) -> None:
     dense = (keys.shape[2] * keys.shape[3], keys.shape[3], 1)
     if keys.shape != values.shape or keys.stride() != values.stride() or keys.stride()[1:] != dense:
         raise ValueError("cached keys and values lie alike, and tokens of a sample one after another; no copy is made")
+    if len(runs) > len(RUN_ENDS):
+        raise ValueError(f"runs {runs}: at most {len(RUN_ENDS) // 2}")
     inside = all(0 <= first < end <= keys.shape[1] for first, end in zip(runs[::2], runs[1::2], strict=True))
     if not inside:
         raise ValueError(f"runs {runs} are no pairs (first, end) of the {keys.shape[1]} tokens cached")

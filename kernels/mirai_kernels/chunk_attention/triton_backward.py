@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mirai_kernels.chunk_attention.triton_forward import LOG2_E
+from mirai_kernels.chunk_attention.triton_forward import LOG2_E, RUN_ENDS
 from mirai_kernels.chunk_attention.triton_tiles import head_of, load_tile, store_tile
 
 
@@ -33,9 +33,10 @@ def _towards_queries(
     return grad_q
 
 
-@triton.jit(do_not_specialize=["runs", "queries", "own"])
+@triton.jit(do_not_specialize=[*RUN_ENDS, "queries", "own"])
 def backward_queries(
-    q, own_k, own_v, cached_k, cached_v, out, grad_out, lse, delta, grad_q, runs, queries, own, q_batch,
+    q, own_k, own_v, cached_k, cached_v, out, grad_out, lse, delta, grad_q,
+    first_0, end_0, first_1, end_1, first_2, end_2, queries, own, q_batch,
     own_batch, cached_batch, scale,
     RUNS: tl.constexpr, OWN: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,6 +58,7 @@ def backward_queries(
     power = scale * LOG2_E
     total = tl.zeros([BLOCK_Q, PADDED], tl.float32)
     k, v = head_of(cached_k, cached_batch, HEADS, WIDTH), head_of(cached_v, cached_batch, HEADS, WIDTH)
+    runs = (first_0, end_0, first_1, end_1, first_2, end_2)
     for run in tl.static_range(RUNS):
         first, end = runs[2 * run], runs[2 * run + 1]
         total = _towards_queries(
@@ -93,7 +95,8 @@ def backward_own(
         seen = first + tl.arange(0, BLOCK_Q)
         tile = load_tile(q, seen, queries, TOKEN, WIDTH, PADDED, COMPUTE)
         grad = load_tile(grad_out, seen, queries, TOKEN, WIDTH, PADDED, COMPUTE)
-        # Past the last query tile and grad are zero, so whatever weight such a row has, it adds nothing.
+        # Past the last query tile and grad are zero, so whatever weight such a row has, it adds nothing. Past the last
+        # key a weight may overflow: it stays in its own row, which is not stored.
         normaliser = tl.load(lse + at + seen, mask=seen < queries, other=0.0) * LOG2_E
         sums = tl.load(delta + at + seen, mask=seen < queries, other=0.0)
         scores = tl.dot(keys, tl.trans(tile), input_precision=PRECISION) * (scale * LOG2_E)

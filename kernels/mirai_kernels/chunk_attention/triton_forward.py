@@ -7,6 +7,7 @@ import triton.language as tl
 
 from mirai_kernels.chunk_attention.triton_tiles import head_of, load_tile, store_tile
 
+RUN_ENDS = ["first_0", "end_0", "first_1", "end_1", "first_2", "end_2"]  # first and end of three runs of the cache
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -34,13 +35,14 @@ def _attend(
     return attended, total, largest
 
 
-@triton.jit(do_not_specialize=["runs", "queries", "own"])
+@triton.jit(do_not_specialize=[*RUN_ENDS, "queries", "own"])
 def forward(
-    q, own_k, own_v, cached_k, cached_v, out, lse, runs, queries, own, q_batch, own_batch, cached_batch, scale,
+    q, own_k, own_v, cached_k, cached_v, out, lse,
+    first_0, end_0, first_1, end_1, first_2, end_2, queries, own, q_batch, own_batch, cached_batch, scale,
     RUNS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """One tile of queries of one head. `runs`: RUNS pairs (first, end) of cached tokens."""
+    """One tile of queries of one head. Of the three runs of cached tokens the first RUNS count."""
     TOKEN: tl.constexpr = HEADS * WIDTH
     rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     tile = load_tile(head_of(q, q_batch, HEADS, WIDTH), rows, queries, TOKEN, WIDTH, PADDED, COMPUTE)
@@ -51,6 +53,7 @@ def forward(
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     state = (attended, total, largest)
     power = scale * LOG2_E
+    runs = (first_0, end_0, first_1, end_1, first_2, end_2)
     for run in tl.static_range(RUNS):
         first, end = runs[2 * run], runs[2 * run + 1]
         state = _attend(state, tile, cached_k, cached_v, first, end, power, TOKEN, WIDTH, PADDED, BLOCK_K, PRECISION)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from mirai_kernels.dense_attention.library import Attended
-from mirai_kernels.launch import Launch
+from mirai_kernels.launch import Launch, padded, programs
 
 ROWS = 32  # rows of one head a program
 
@@ -57,5 +57,5 @@ def merge_launch(attended: Attended, other: Attended) -> Launch:
         "other_lse_batch": other.lse.stride(0),
         "other_lse_head": other.lse.stride(1),
     }
-    constants = {"HEADS": heads, "WIDTH": width, "PADDED": triton.next_power_of_2(width), "ROWS": ROWS}
-    return Launch(merge, (triton.cdiv(rows, ROWS), samples), arguments, constants, warps=4)
+    constants = {"HEADS": heads, "WIDTH": width, "PADDED": padded(width), "ROWS": ROWS}
+    return Launch(merge, (programs(rows, ROWS), samples), arguments, constants, warps=4)

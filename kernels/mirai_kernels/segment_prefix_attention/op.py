@@ -72,7 +72,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, segment: int, doubled: bool, by: s
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if doubled:
         for sample in range(q.shape[0]):
-            own = dense.forward(*(rows.noisy(each, sample) for each in (q, k, v)))
+            own = dense.forward(rows.noisy(q, sample), rows.noisy(k, sample), rows.noisy(v, sample))
             rows.noisy(out, sample).copy_(own.out)
             rows.noisy_lse(lse, sample).copy_(own.lse)
     for places, prefix in rows.prefixes():
@@ -112,11 +112,11 @@ def _backward(grad_out: Tensor, tensors: list[Tensor], segment: int, doubled: bo
 
 def _add_noisy(sums: list[Tensor], grad_out: Tensor, tensors: list[Tensor], dense: Library, rows: _Rows) -> None:
     """Add to the sums what noisy segments give themselves."""
-    q, k, v, out, lse = tensors
-    for sample in range(q.shape[0]):
-        merged = Attended(rows.noisy(out, sample), rows.noisy_lse(lse, sample).contiguous())
-        grad, *inputs = (rows.noisy(each, sample) for each in (grad_out, q, k, v))
-        for total, part in zip(sums, dense.backward(grad, *inputs, merged), strict=True):
+    lse = tensors[4]
+    for sample in range(lse.shape[0]):
+        grad, q, k, v, out = (rows.noisy(each, sample) for each in (grad_out, *tensors[:4]))
+        merged = Attended(out, rows.noisy_lse(lse, sample).contiguous())
+        for total, part in zip(sums, dense.backward(grad, q, k, v, merged), strict=True):
             rows.noisy(total, sample).add_(part)
 
 

@@ -18,7 +18,8 @@ from mirai_dist.config.digest import to_yaml
 from mirai_dist.config.rules import check_layout
 from mirai_dist.config.steps import steps as steps_of
 from mirai_dist.operate import control
-from mirai_launch.slurm import ledger, parse, snapshot
+from mirai_dist.plan.estimate import Plan
+from mirai_launch.slurm import lead, ledger, parse, snapshot
 from mirai_launch.slurm.client import Scheduler, SchedulerError
 from mirai_launch.slurm.render import Batch, Sweep, render
 
@@ -63,6 +64,7 @@ class Prepared:
     steps: tuple[str, ...]
     sweep: Sweep | None
     time: str
+    plan: Plan | None
     folder: str = field(default_factory=lambda: f"slurm/{time.strftime('%Y%m%d-%H%M%S')}")
 
     def batch(self, step: str, code: Path) -> Batch:
@@ -79,7 +81,7 @@ class Prepared:
             nodes=self.wish.nodes,
             spare=self.wish.spare,
             time=self.time,
-            warning=self.cluster.warning,
+            warning=lead.warning(self.cluster, self.plan),
             step="" if step == ALL else step,
             sweep=self.sweep,
         )
@@ -98,7 +100,6 @@ def prepare(wish: Wish) -> Prepared:
     """Check everything that can be checked before a job waits for hours. Raises RecipeError; writes nothing."""
     cluster = load_cluster(wish.cluster)
     limit = wish.time or cluster.time
-    _check_time(limit, cluster, wish)
     base = load(wish.recipe, wish.overrides)
     run_dir = (wish.run_dir or rundir.default(base.recipe)).absolute()
     sweep, settings = _sweep(wish.array)
@@ -112,7 +113,9 @@ def prepare(wish: Wish) -> Prepared:
         rundir.check(run_dir / name, resolved.recipe, "auto")
         elements.append(Element(name, run_dir / name, resolved))
     steps = tuple(steps_of(base.recipe)) if wish.chain else (ALL,)
-    return Prepared(wish, cluster, run_dir, tuple(elements), steps, sweep, limit)
+    plan = lead.planned(base, cluster, wish.nodes)
+    _check_time(limit, lead.warning(cluster, plan), wish)
+    return Prepared(wish, cluster, run_dir, tuple(elements), steps, sweep, limit, plan)
 
 
 def scripts(prepared: Prepared, code: Path) -> dict[str, str]:
@@ -185,16 +188,16 @@ def _refuse_second(run_dir: Path, scheduler: Scheduler) -> None:
         raise RecipeError(str(run_dir), f"{what}; cancel it (mirai cancel {run_dir}), or name another --run-dir")
 
 
-def _check_time(limit: str, cluster: Cluster, wish: Wish) -> None:
+def _check_time(limit: str, warning: int, wish: Wish) -> None:
     where = "--time" if wish.time else str(wish.cluster)
     try:
         seconds = parse.seconds(limit)
     except parse.ParseError:
         raise RecipeError(where, f"{limit!r} is no time limit; write minutes, 24:00:00 or 1-12:00:00") from None
     # SLURM may send the warning up to a minute early.
-    if seconds is not None and seconds < cluster.warning + 60:
-        what = f"a limit of {seconds:.0f} s leaves nothing before the warning, {cluster.warning} s ahead of its end"
-        raise RecipeError(where, f"{what}; allow more time, or lower `warning` in {wish.cluster}")
+    if seconds is not None and seconds < warning + 60:
+        what = f"a limit of {seconds:.0f} s leaves nothing before the warning, {warning} s ahead of its end"
+        raise RecipeError(where, f"{what}; allow more time, or set `warning` in {wish.cluster}")
 
 
 def _sweep(array: Sequence[str]) -> tuple[Sweep | None, list[list[str]]]:

@@ -6,9 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
+from mirai_dist.plan.verdict import headline
 from mirai_launch import console
 from mirai_launch.slurm import submission
 from mirai_launch.slurm.client import Scheduler
+from mirai_launch.slurm.lead import warning
 from mirai_launch.slurm.submission import Prepared, Queued, Wish
 
 
@@ -55,13 +57,21 @@ def _show(prepared: Prepared) -> None:
     steps = submission.scripts(prepared, prepared.run_dir / "slurm" / "code")
     for text in steps.values():
         console.say(text)
+    console.say(f"# {foreseen(prepared)}")
     after = ""
     for step in steps:
         console.say(f"# {submission.command(prepared, step, after)}")
         after = "ID"
 
 
+def foreseen(prepared: Prepared) -> str:
+    """What is to be expected of the job, in one line."""
+    said = headline(prepared.plan) if prepared.plan else "not planned: gpus.model of the cluster file names no GPU"
+    return f"{said}; saves {warning(prepared.cluster, prepared.plan)} s before its time limit"
+
+
 def _tell(prepared: Prepared, queued: list[Queued]) -> None:
+    console.say(foreseen(prepared))
     for each in queued:
         console.say(f"job {each.job}  {each.step}  {os.path.relpath(each.script)}")
     log = f"{queued[0].job}_0" if prepared.sweep else queued[0].job

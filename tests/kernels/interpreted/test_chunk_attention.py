@@ -124,6 +124,18 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     assert_close(found, expected, 1e-4)  # a score of 1000 is known to 6e-5
 
 
+def test_keys_that_all_point_away_leave_the_padding_of_a_tile_without_weight() -> None:
+    """With scores near -200 the padding's zeros would weigh more than any number holds."""
+    case = SINK_AND_RING
+    store, leaves = case.store(torch.float32), case.segment(torch.float32)
+    leaves[0][..., 0] -= 30
+    for keys in (store[0], leaves[1]):
+        keys[..., 0] += 30
+    expected = with_gradients(partial(exact, store[:, :, case.seen()]), leaves, torch.float64)
+    found = with_gradients(partial(ours, case.cached(store), TRITON), leaves)
+    assert_close(found, expected, 1e-4)
+
+
 # --- as torch sees it ----------------------------------------------------------------------------------------
 
 
@@ -198,5 +210,6 @@ def test_what_kernels_cannot_do_is_refused_in_one_line() -> None:
     refused("at most 128", *(lambda x: (x, (x, x)))(torch.zeros(1, 2, 1, 129)))
     refused("no pairs", q, (k, v), Cached(store[0], store[1], (0, 171)))
     refused("no pairs", q, (k, v), Cached(store[0], store[1], (5, 5)))
+    refused("at most 3", q, (k, v), Cached(store[0], store[1], (0, 1, 2, 3, 4, 5, 6, 7)))
     refused("no copy is made", q, (k, v), Cached(store[0].flip(1)[:, ::2], store[1].flip(1)[:, ::2], (0, 9)))
     refused("detach them", q, (k, v), Cached(store[0].requires_grad_(), store[1], case.runs))

@@ -43,9 +43,11 @@ def test_without_gradient_it_is_the_same_number() -> None:
         assert torch.equal(op.cosine_head(hidden, weight, target), with_gradient.detach())
 
 
-def test_rows_of_no_length_count_as_at_right_angles() -> None:
+def test_rows_of_hardly_any_length_are_divided_by_the_smallest() -> None:
     hidden, weight, target = inputs(4, 12, 20, torch.float32)
     hidden[0, 1] = 0
+    hidden[1, 0] *= 3e-10
+    assert 0.1 * reference.SMALLEST_NORM < (weight @ hidden[1, 0]).norm() < 0.9 * reference.SMALLEST_NORM
     target[1, 2] = 0
     leaves = (hidden, weight)
     exact = with_gradients(lambda h, w: [reference.cosine_head(h, w, target.double())], leaves, torch.float64)

@@ -24,9 +24,10 @@ def drawn_inputs(case: tuple[int, ...], doubled: bool, dtype: torch.dtype) -> li
 
 
 def exact(tokens: int, doubled: bool, *leaves: Tensor) -> list[Tensor]:
-    total = leaves[0].shape[1]
+    q, k, v = leaves
+    total = q.shape[1]
     mask = teacher_forced_mask(total // 2, tokens) if doubled else segment_causal_mask(total, tokens)
-    return [masked_attention(*leaves, mask)]
+    return [masked_attention(q, k, v, mask)]
 
 
 def ours(tokens: int, doubled: bool, by: str, *leaves: Tensor) -> list[Tensor]:
@@ -95,13 +96,13 @@ def test_seven_segments_are_eight_calls_over_exactly_the_visible_pairs(monkeypat
 def test_a_poisoned_noisy_segment_stays_alone_and_the_last_clean_one_is_seen_by_no_noisy_one() -> None:
     segments, tokens = 3, 5
     inputs = drawn_inputs((1, segments, tokens, 2, 16), True, torch.float32)
-    plain = segment_prefix_attention(*inputs, tokens, True, "cpu")
+    (plain,) = ours(tokens, True, "cpu", *inputs)
     for poisoned, reached in ((4, {4}), (2, {2})):  # the second noisy segment; the last clean one
         place = slice(poisoned * tokens, (poisoned + 1) * tokens)
         spoilt = [each.clone() for each in inputs]
         for each in spoilt:
             each[:, place] = float("nan")
-        found = segment_prefix_attention(*spoilt, tokens, True, "cpu")
+        (found,) = ours(tokens, True, "cpu", *spoilt)
         for segment in range(2 * segments):
             rows = slice(segment * tokens, (segment + 1) * tokens)
             same = torch.equal(found[:, rows], plain[:, rows])
