@@ -1,4 +1,4 @@
-"""`mirai bench kernels --certify RECIPE`: whether kernels and attention backends are exact where this recipe needs them.
+"""`mirai bench kernels --certify RECIPE`: whether kernels and attention are exact where this recipe needs them.
 
 On this machine, at the shapes of the recipe, forward and gradients. The run reads what is written here.
 """
