@@ -19,10 +19,11 @@ out=${1:-runs/gpu_session}
 recipe=${2:-}
 python=${PYTHON:-python3}
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 export PYTHONPATH=$PWD:$PWD/launcher:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out/site" "$WHEELS"/*.whl
-  export PYTHONPATH=$PYTHONPATH:$PWD/$out/site
+  export PYTHONPATH=$PYTHONPATH:$out/site
 fi
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=none

@@ -15,7 +15,8 @@ from torch import Tensor
 
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 NO_CUDA = "needs a CUDA device"
-ALIASES = dict.fromkeys(("sdpa", "sdpa-flash", "flash"), "flash-2")  # as torch ships it, and its own choice on Hopper
+# FlashAttention-2 as torch ships it, and torch's own choice on Hopper
+ALIASES: dict[str, str] = dict.fromkeys(("sdpa", "sdpa-flash", "flash"), "flash-2")
 
 
 class Work(NamedTuple):

@@ -22,7 +22,8 @@ CPU_LIMIT = 2e10  # multiply-adds of float64 that a CPU is asked for
 
 @dataclass(frozen=True)
 class Subject:
-    """What is computed: `op` at `shape`. All functions take `inputs` and give outputs; `exact` does in float64.
+    """What is computed: `op` at `shape`. All functions take `inputs` (float32, on a device) and give outputs;
+    `exact` does in float64.
 
     variants: who computes it, by name, or the reason why that one cannot on this device. gradient: by every input.
     work: multiply-adds of one forward.
@@ -30,7 +31,7 @@ class Subject:
 
     op: str
     shape: str
-    inputs: Callable[[], list[Tensor]]
+    inputs: Callable[[torch.device], list[Tensor]]
     exact: Function
     plain: Function
     variants: Mapping[str, Function | str]
@@ -48,7 +49,7 @@ def judged(subject: Subject, dtype: torch.dtype, device: torch.device) -> list[d
         return rows + [_row(subject, name, NOT_CERTIFIED, reason) for name in runnable]
     if not runnable:
         return rows
-    inputs = [each.to(device, dtype) for each in subject.inputs()]
+    inputs = [each.to(dtype) for each in subject.inputs(device)]
     exact = results(subject.exact, [each.double() for each in inputs], dtype, subject.gradient)
     plain = largest(results(subject.plain, inputs, dtype, subject.gradient), exact)
     bound = max(ROUNDING[dtype], OWN_ERROR * plain)
@@ -89,7 +90,8 @@ def results(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype, gr
         outputs = function(*leaves)
         if not gradient:
             return list(outputs)
-        towards = [drawn(100 + index, *each.shape).to(dtype).to(each) for index, each in enumerate(outputs)]
+        draws = [drawn(each.device, 100 + index, *each.shape) for index, each in enumerate(outputs)]
+        towards = [draw.to(dtype).to(each) for draw, each in zip(draws, outputs, strict=True)]
         return [*(each.detach() for each in outputs), *torch.autograd.grad(outputs, leaves, towards)]
 
 
@@ -102,6 +104,6 @@ def largest(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
-    """Normal numbers, the same on every machine."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+def drawn(device: torch.device, seed: int, *shape: int) -> Tensor:
+    """Normal numbers, the same whenever they are drawn on this device."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)

@@ -55,8 +55,8 @@ def poisoned(x: Tensor, unused: int) -> Tensor:
     return store
 
 
-def _inputs(batch: int, tokens: tuple[int, ...], heads: int, head_dim: int) -> Callable[[], list[Tensor]]:
-    return lambda: [drawn(seed, batch, count, heads, head_dim) for seed, count in enumerate(tokens)]
+def _inputs(batch: int, tokens: tuple[int, ...], heads: int, head_dim: int) -> Callable[[torch.device], list[Tensor]]:
+    return lambda device: [drawn(device, seed, batch, count, heads, head_dim) for seed, count in enumerate(tokens)]
 
 
 def _dense(call: Dense, need: Need) -> Subject:
@@ -181,10 +181,10 @@ def _over_tokens(shape: Tokens, device: torch.device) -> Iterator[Subject]:
         yield Subject(f"{TOKENS}: {name}", str(shape), partial(token_inputs, shape, kinds), plain, plain, variants)
 
 
-def token_inputs(shape: Tokens, kinds: str) -> list[Tensor]:
+def token_inputs(shape: Tokens, kinds: str, device: torch.device) -> list[Tensor]:
     rows = {"x": shape.count, "v": shape.vectors}
     sizes = {kind: (shape.batch, count, shape.dim) for kind, count in rows.items()} | {"w": (shape.dim,)}
-    return [drawn(seed, *sizes[kind]) + (kind == "w") for seed, kind in enumerate(kinds)]
+    return [drawn(device, seed, *sizes[kind]) + (kind == "w") for seed, kind in enumerate(kinds)]
 
 
 def _unloaded(device: torch.device) -> str:
@@ -217,7 +217,7 @@ class _Kernels:
         size = call.batch, call.past, call.heads, call.head_dim
 
         def cached(x: Tensor) -> list[Tensor]:
-            return [drawn(seed, *size).to(self.dtype).to(x) for seed in (7, 8)]
+            return [drawn(x.device, seed, *size).to(self.dtype).to(x) for seed in (7, 8)]
 
         def joined(attend: Pattern) -> Function:
             return lambda q, k, v: [
@@ -268,7 +268,7 @@ class _Kernels:
     def cosine_head(self, head: Head) -> Subject:
         from mirai_kernels.cosine_head import reference
 
-        target = lambda x: drawn(9, head.tokens, head.target_dim).to(self.dtype).to(x)
+        target = lambda x: drawn(x.device, 9, head.tokens, head.target_dim).to(self.dtype).to(x)
 
         def exactly(hidden: Tensor, weight: Tensor) -> list[Tensor]:
             return [reference.cosine_head(hidden, weight, target(hidden))]
@@ -281,7 +281,8 @@ class _Kernels:
 
             return lambda hidden, weight: [cosine_head(hidden, weight, target(hidden))]
 
-        inputs = lambda: [drawn(0, head.tokens, head.dim), drawn(1, head.target_dim, head.dim)]
+        sizes = (head.tokens, head.dim), (head.target_dim, head.dim)
+        inputs = lambda device: [drawn(device, seed, *size) for seed, size in enumerate(sizes)]
         work = float(head.tokens * head.dim * head.target_dim)
         return Subject(COSINE, str(head), inputs, exactly, plain, self._by(made, ("triton",)), work=work)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mirai_dist.certify import certificate
-from mirai_dist.certify.certify import certify
+from mirai_dist.certify.certify import certified
 from mirai_dist.certify.compare import FAILED, NOT_CERTIFIED, PASSED
 from mirai_dist.commands.entry import main
 from mirai_dist.config import load
@@ -28,30 +28,46 @@ from mirai_dist.observe.console import Console
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the certificate. Exit code 1 where something failed; what cannot run here is said to be not certified."""
+    """Write the certificate, anew after each comparison. Exit code 1 where something failed; what cannot run here is
+    said to be not certified."""
     resolved = load(options.certify, options.overrides)
     console = Console(0, socket.gethostname(), Path(os.devnull))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seen = [*resolved.variants(), *map(resolved.of_arm, resolved.recipe.study.arms)]
-    found = certify([each.recipe for each in seen], device, lambda row: _tell(row, console))
     folder = options.out or Path(resolved.recipe.parallel.certificate_folder)
     path = certificate.path_of(folder, resolved.recipe.name, device.type)
-    made = {
-        "recipe": resolved.recipe.name,
+    rows: list[dict[str, Any]] = []
+    made = _described(resolved.recipe.name, device) | {"rows": rows}
+    for found in certified([each.recipe for each in seen], device):
+        rows += found
+        certificate.write(path, made)
+        for row in found:
+            _tell(row, console)
+    for (op, variant, reason), shapes in _missing(rows).items():
+        console.say(f"{NOT_CERTIFIED}: {op} by {variant}, {shapes} shapes: {reason}")
+    counts = Counter(row["state"] for row in rows)
+    if device.type == "cpu":
+        console.warn("this is a certificate of a CPU: kernels need a CUDA device, and are not certified by it")
+    told = ", ".join(f"{counts[state]} {state}" for state in (PASSED, FAILED, NOT_CERTIFIED))
+    console.say(f"{shown_path(path)}: {told}")
+    return 1 if counts[FAILED] else 0
+
+
+def _described(name: str, device: torch.device) -> dict[str, Any]:
+    """Everything of a certificate but its rows."""
+    return {
+        "format": certificate.FORMAT,
+        "recipe": name,
         "command": f"mirai bench {shlex.join(sys.argv[1:])}",
         "commit": commit_of_code(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "setting": certificate.setting(device.type),
     }
-    certificate.write(path, made | found)
-    missing = Counter((row["op"], row["variant"], row["reason"]) for row in found["rows"] if "error" not in row)
-    for (op, variant, reason), shapes in missing.items():
-        console.say(f"{NOT_CERTIFIED}: {op} by {variant}, {shapes} shapes: {reason}")
-    counts = Counter(row["state"] for row in found["rows"])
-    told = ", ".join(f"{counts[state]} {state}" for state in (PASSED, FAILED, NOT_CERTIFIED))
-    console.say(f"{shown_path(path)}: {told}")
-    if device.type == "cpu":
-        console.warn("this is a certificate of a CPU: kernels need a CUDA device, and are not certified by it")
-    return 1 if counts[FAILED] else 0
+
+
+def _missing(rows: list[dict[str, Any]]) -> Counter[tuple[str, str, str]]:
+    """How many shapes were not compared, by operator, variant and reason."""
+    return Counter((row["op"], row["variant"], row["reason"]) for row in rows if "error" not in row)
 
 
 def _tell(row: dict[str, Any], console: Console) -> None:

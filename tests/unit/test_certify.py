@@ -29,7 +29,7 @@ CALL = Dense(2, 5, 11, heads=3, head_dim=8, past=6)
 
 
 def qkv() -> list[Tensor]:
-    return [drawn(seed, 2, tokens, 3, 8).double() for seed, tokens in enumerate((5, 11, 11))]
+    return [drawn(CPU, seed, 2, tokens, 3, 8).double() for seed, tokens in enumerate((5, 11, 11))]
 
 
 def test_exact_attention_is_the_specification_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_our_own_kernels_give_the_same_bits_twice(name: str, state: str) -> None
         return [x * (1 + 1e-7 * len(calls))]
 
     same = lambda x: [x * 1.0]
-    subject = Subject("op", "shape", lambda: [drawn(0, 4)], same, same, {name: function})
+    subject = Subject("op", "shape", lambda device: [drawn(device, 0, 4)], same, same, {name: function})
     (row,) = judged(subject, torch.float32, CPU)
     assert (row["state"], row["same_twice"]) == (state, False)
 
