@@ -53,7 +53,7 @@ TYPES = {
     int: "i32",
     float: "fp32",
 }
-ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+ASSEMBLER = Path(next(iter(triton.__path__))) / "backends/nvidia/bin/ptxas"
 
 
 @dataclass(frozen=True)

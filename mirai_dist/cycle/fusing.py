@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +56,27 @@ def ops_of(recipe: schema.Recipe, device: torch.device) -> TokenOps:
 @lru_cache
 def _fused(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Fusing:
     """The fused kernels if they are exact here, else plain torch and why. Probed once a process."""
+    if device == "cpu":
+        return Fusing(PLAIN, "reference", "run on GPUs")
     try:
         ops = load()
     except ModuleNotFoundError as error:
         return Fusing(PLAIN, "reference", f"need the package {error.name}")
-    if device == "cpu":
-        return Fusing(PLAIN, "reference", "run on GPUs")
     for dim, heads in shapes:
         error = largest_error(ops, dim, heads, torch.device(device), dtype)
         if not error <= BOUNDS[dtype]:
             return Fusing(PLAIN, "reference", f"are {error:.1e} from exact at {dim} channels, {heads} heads")
     return Fusing(ops, "fused")
+
+
+@dataclass
+class _Layer:
+    """An attention layer whose linear maps do nothing: only what the operators do is compared."""
+
+    heads: int
+    norm_q: nn.Module
+    norm_k: nn.Module
+    q = k = v = staticmethod(torch.clone)
 
 
 @torch.enable_grad()
@@ -96,8 +105,7 @@ def _results(
 ) -> Sequence[Tensor]:
     """All that the operators give, and the gradients of its weighted sum by inputs and weights."""
     x, y, gate, scale, shift = leaves = [each.requires_grad_() for each in inputs]
-    same = nn.Identity()
-    layer = SimpleNamespace(heads=heads, q=same, k=same, v=same, norm_q=norms[0], norm_k=norms[1])
+    layer = _Layer(heads, *norms[:2])
     places = ops.place(Placement((1, 2, 3), first_frame=5, copies=2), x.shape[-1] // heads, x)
     outputs = [
         *ops.placed(layer, x, places),

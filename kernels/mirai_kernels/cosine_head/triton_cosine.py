@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mirai_kernels.cosine_head.reference import SMALLEST_NORM, supervised
-from mirai_kernels.launch import Launch, row_warps
+from mirai_kernels.launch import Launch, padded, row_warps
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def fuse_rows(
 
 
 def _constants(dim: int) -> dict[str, int | float | bool]:
-    return {"DIM": dim, "DIM_PADDED": triton.next_power_of_2(dim), "SMALLEST": SMALLEST_NORM}
+    return {"DIM": dim, "DIM_PADDED": padded(dim), "SMALLEST": SMALLEST_NORM}
 
 
 def cosine_launch(projected: Tensor, target: Tensor, cosine: Tensor, gradient: bool) -> Launch:

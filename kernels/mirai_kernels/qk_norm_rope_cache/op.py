@@ -32,7 +32,8 @@ def qk_norm_rope(
 
     rotate_keys: false leaves keys at no position, for a cache whose reader decides where its window starts.
     """
-    check_rows("q", q), check_rows("k", k)
+    check_rows("q", q)
+    check_rows("k", k)
     cos, sin = _angles(q, heads, placement)
     return _qk_norm_rope(q, k, list(weights), cos, sin, heads, _position(placement), rotate_keys)
 
@@ -51,7 +52,7 @@ def qk_norm_rope_cache(
     """
     if torch.is_grad_enabled() and any(each.requires_grad for each in (*qkv, *weights)):
         raise RuntimeError("qk_norm_rope_cache writes constants: call it without gradient, or qk_norm_rope with")
-    for name, x, in zip("qkv", qkv, strict=True):
+    for name, x in zip("qkv", qkv, strict=True):
         check_rows(name, x)
     for name, slot in zip(("key slot", "value slot"), slots, strict=True):
         if slot.shape[:2] != qkv[0].shape[:2] or slot.stride()[2:] != (slot.shape[3], 1):

@@ -5,6 +5,9 @@ tokens a fixed stride apart and keeps its own row of the weight's gradient; the 
 fixed order, so two runs agree bit for bit.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# A compiled function that another calls has a value, though triton declares that it never returns.
+
 from __future__ import annotations
 
 import torch
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirai_kernels.launch import Launch, row_warps
+from mirai_kernels.launch import Launch, padded, row_warps
 from mirai_kernels.qk_norm_rope_cache.reference import EPS, Angles, Placement, axis_widths
 
 WALKERS = 528  # programs of the backward kernel: four on each of 132 multiprocessors
@@ -148,8 +151,8 @@ def constants(heads: int, head_dim: int) -> dict[str, int | float | bool]:
         "TIME": time // 2,
         "SIDE": side // 2,
         "EPSILON": EPS,
-        "HEADS_PADDED": triton.next_power_of_2(heads),
-        "DIM_PADDED": triton.next_power_of_2(head_dim),
+        "HEADS_PADDED": padded(heads),
+        "DIM_PADDED": padded(head_dim),
     }
 
 

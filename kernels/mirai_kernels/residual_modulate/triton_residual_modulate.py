@@ -4,6 +4,9 @@ Backward: each program keeps its own sums for the three vectors' gradients; they
 order, so two runs agree bit for bit.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# A compiled function that another calls has a value, though triton declares that it never returns.
+
 from __future__ import annotations
 
 import torch
@@ -11,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirai_kernels.launch import Launch, row_warps
+from mirai_kernels.launch import Launch, padded, programs, row_warps
 from mirai_kernels.residual_modulate.reference import E4M3_MAX, EPS, SMALLEST_ROW, frames_of
 
 PROGRAMS = 528  # aimed at: four on each of 132 multiprocessors
@@ -137,14 +140,14 @@ def _grid(x: Tensor, frames: int) -> tuple[tuple[int, int, int], dict[str, Tenso
     """The grid, and how its programs share the rows."""
     batch, tokens, _ = x.shape
     frame_tokens = tokens // frames
-    rows = min(MOST_ROWS, frame_tokens, triton.cdiv(batch * tokens, PROGRAMS))
-    return (batch, frames, triton.cdiv(frame_tokens, rows)), {
+    rows = min(MOST_ROWS, frame_tokens, programs(batch * tokens, PROGRAMS))
+    return (batch, frames, programs(frame_tokens, rows)), {
         "tokens": tokens, "frame_tokens": frame_tokens, "rows": rows,
     }  # fmt: skip
 
 
 def _constants(dim: int) -> dict[str, int | float | bool]:
-    return {"DIM": dim, "DIM_PADDED": triton.next_power_of_2(dim), "EPSILON": EPS}
+    return {"DIM": dim, "DIM_PADDED": padded(dim), "EPSILON": EPS}
 
 
 def forward_launch(

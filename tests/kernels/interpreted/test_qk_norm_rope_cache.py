@@ -129,7 +129,7 @@ def test_mistakes_are_named() -> None:
         qk_norm_rope(q, k, pair, heads, Placement(placement.grid, 1023))
     with pytest.raises(ValueError, match="q must be contiguous in its last dimension"):
         qk_norm_rope(q.transpose(1, 2).contiguous().transpose(1, 2), k, pair, heads, placement)
-    slots = (k.unflatten(-1, (heads, -1)),) * 2
+    slots = k.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))
     with pytest.raises(RuntimeError, match="writes constants"):
         qk_norm_rope_cache((q.requires_grad_(), k, k), pair, slots, placement)
     with pytest.raises(ValueError, match="the key slot .* is no run of whole tokens"), torch.no_grad():
