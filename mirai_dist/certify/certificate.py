@@ -26,7 +26,7 @@ from mirai_dist.config.schema import Recipe
 
 FORMAT = 1
 PACKAGES = ("triton", "flash-attn", "flash-attn-4", "xformers")
-SOURCES = ("mirai_kernels", "mirai_dist.attention")
+SOURCES = ("mirai_kernels", "mirai_dist.attention", "mirai_dist.models.wan")
 
 
 @lru_cache
@@ -56,7 +56,8 @@ def _source() -> str:
     digest = hashlib.sha256()
     for name in SOURCES:
         found = importlib.util.find_spec(name)
-        for folder in (found.submodule_search_locations or []) if found else []:
+        assert found is not None and found.submodule_search_locations, f"{name} is a package"
+        for folder in found.submodule_search_locations:
             for file in sorted(Path(folder).rglob("*.py")):
                 digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -49,6 +49,17 @@ def judged(subject: Subject, dtype: torch.dtype, device: torch.device) -> list[d
         return rows + [_row(subject, name, NOT_CERTIFIED, reason) for name in runnable]
     if not runnable:
         return rows
+    try:
+        return rows + _compared(subject, runnable, dtype, device)
+    except torch.OutOfMemoryError:
+        reason = "in float64 it does not fit into this device's memory"
+        return rows + [_row(subject, name, NOT_CERTIFIED, reason) for name in runnable]
+
+
+def _compared(
+    subject: Subject, runnable: Mapping[str, Function], dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    rows = []
     inputs = [each.to(dtype) for each in subject.inputs(device)]
     exact = results(subject.exact, [each.double() for each in inputs], dtype, subject.gradient)
     plain = largest(results(subject.plain, inputs, dtype, subject.gradient), exact)

@@ -96,6 +96,16 @@ def test_a_cpu_is_not_asked_for_a_whole_video() -> None:
     assert {row["state"] for row in rows} == {NOT_CERTIFIED}
 
 
+def test_what_does_not_fit_in_float64_is_not_certified() -> None:
+    def exact(*_: Tensor) -> list[Tensor]:
+        raise torch.OutOfMemoryError
+
+    (subject, *_) = subjects.subjects(shapes(), CPU)
+    rows = judged(replace(subject, exact=exact), torch.float32, CPU)
+    assert len(rows) == len(subject.variants)
+    assert {row["state"] for row in rows} == {NOT_CERTIFIED}
+
+
 class Shiftless(Plain):
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return super().modulated(x, scale, 0 * shift)
