@@ -1,35 +1,45 @@
 #!/usr/bin/env bash
-# One sitting at a machine with GPUs: device, GPU tests, a training run on all GPUs.
+# One sitting at a machine with a GPU: ceilings, tests, a certificate, attention, operators, blocks, a cycle. Under nine
+# minutes, each part with its own deadline; OUT/session.json is whole after each. A recipe is trained afterwards.
 #
-#   benchmarks/gpu_session.sh [OUT] [RECIPE]     PYTHON=... names an interpreter that has torch and the base packages
+#   benchmarks/gpu_session.sh [--rehearse] [OUT] [RECIPE]
 #
-# It exercises, it does not benchmark yet: the tiny recipe is far too small to say anything about GPU speed. Kernel
-# comparisons and the cycle benchmark join it when they exist. It downloads and installs nothing.
+# --rehearse: small shapes, and on a CPU too: what needs CUDA says so. PYTHON names an interpreter (3.11 or later) with
+# torch >= 2.11 and triton >= 3.6. WHEELS names a folder of wheels for what it lacks (benchmarks/README.md); they are
+# unpacked below OUT, nothing is installed and nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+rehearse=()
+if [ "${1:-}" = --rehearse ]; then
+  rehearse=(--rehearse)
+  shift
+fi
 out=${1:-runs/gpu_session}
-recipe=${2:-recipes/tiny/video_mirai.yaml}
+recipe=${2:-}
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD:$PWD/launcher:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
+export PYTHONPATH=$PWD:$PWD/launcher:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out/site" "$WHEELS"/*.whl
+  export PYTHONPATH=$PYTHONPATH:$out/site
+fi
 
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=0
-if [ "$gpus" -eq 0 ]; then
-  echo "gpu_session: '$python' has no torch, or its torch sees no CUDA device" >&2
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=none
+if [ "$gpus" = none ]; then
+  echo "gpu_session: '$python' has no torch; name another interpreter in PYTHON" >&2
+  exit 20
+elif [ "$gpus" -eq 0 ] && [ ${#rehearse[@]} -eq 0 ]; then
+  echo "gpu_session: the torch of '$python' sees no CUDA device; --rehearse runs it without" >&2
   exit 20
 fi
 
-echo "== device"
-{
-  date -u +%FT%TZ
-  git describe --always --dirty 2>/dev/null || echo "commit unknown: not a git checkout"
-  nvidia-smi --query-gpu=index,name,memory.total,clocks.max.sm,power.limit,driver_version --format=csv
-  "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda, "nccl", ".".join(map(str, torch.cuda.nccl.version())))'
-} | tee "$out/device.txt"
-
-echo "== GPU tests"
-"$python" -m pytest tests -m gpu -q -s 2>&1 | tee "$out/tests.log"
-
-echo "== $recipe on $gpus GPU(s)"
-"$python" -m mirai_launch train "$recipe" --nproc "$gpus" --run-dir "$out/run" --resume auto 2>&1 | tee "$out/train.log"
+failed=0
+"$python" -m benchmarks.session "$out" "${rehearse[@]}" || failed=$?
+"$python" benchmarks/session/draw.py "$out/session.json"
+if [ -n "$recipe" ]; then
+  ranks=$((gpus > 0 ? gpus : 2))
+  "$python" -m mirai_launch train "$recipe" --nproc "$ranks" --run-dir "$out/run" --resume auto 2>&1 | tee "$out/train.log"
+fi
+exit "$failed"

@@ -79,6 +79,7 @@ def describe(options: argparse.Namespace, resolved: Resolved, ranks: World, stop
     """
     from mirai_dist.config.digest import to_yaml
     from mirai_dist.config.source import dump
+    from mirai_dist.cycle.attending import uncertified
     from mirai_dist.cycle.budget import budget
     from mirai_dist.cycle.cycle import Stopped
     from mirai_dist.cycle.effective import effective
@@ -93,7 +94,7 @@ def describe(options: argparse.Namespace, resolved: Resolved, ranks: World, stop
     planned = budget(resolved, ranks)
     used = dump(effective(resolved, ranks.world_size, ranks.device.type))
     texts = {"recipe.yaml": to_yaml(resolved.recipe), "effective.yaml": used}
-    lines = [planned, *(f"  {line}" for line in used.splitlines())]
+    lines = [*uncertified(resolved.recipe, ranks.device), planned, *(f"  {line}" for line in used.splitlines())]
     if examined:
         texts[preflight.RECORD] = preflight.text(examined)
         lines.insert(0, f"pre-flight ({examined['seconds']} s): {examined['verdict']}: {examined['line']}")

@@ -40,6 +40,7 @@ class Need:
     dtype: torch.dtype
     head_dims: tuple[int, ...]
     trained: bool = True
+    failed: frozenset[str] = frozenset()  # backends that a certificate of this machine found wrong
 
     @property
     def capability(self) -> int:
@@ -64,6 +65,8 @@ class Candidate:
     def unfit(self, need: Need) -> str:
         """Why it cannot serve, as far as that is known without trying; empty: try."""
         halves = (torch.float16, torch.bfloat16)
+        if self.name in need.failed:
+            return "failed at the recipe's shapes, as its certificate says"
         if self.least and not need.capability:
             return "needs a CUDA device"
         if not self.least <= need.capability <= self.most:

@@ -131,10 +131,18 @@ def shrink(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", metavar="N", type=int, help="ranks the recipe is for (default: -NODESxGPUS, or 2)")
 
 
+def bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="WHAT", choices=("kernels",), help="kernels: operators and attention backends")
+    parser.add_argument("--certify", metavar="RECIPE", type=Path, required=True, help="at the shapes of this recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override of a recipe key")
+    parser.add_argument("--out", type=Path, help="folder (default: the recipe's parallel.certificate_folder)")
+
+
 VERBS = {
     "import": Verb("mirai_dist.commands.import_weights", "bring weights into one checked form", import_weights),
     "export": Verb("mirai_dist.commands.export", "write trained weights for other programs", export),
     "data": Verb("mirai_dist.commands.data", "prepare data: embeddings, latents, ODE pairs", data),
     "sample": Verb("mirai_dist.commands.sample", "generate videos from a run or a weight file", sample, ranks=True),
+    "bench": Verb("mirai_dist.commands.bench", "hold kernels and attention against float64 on this machine", bench),
     "shrink": Verb("mirai_dist.commands.shrink", "derive a tiny twin of a recipe, with all its files", shrink),
 }

@@ -343,6 +343,15 @@ class Parallel:
         "auto: those, where they are found exact on this machine, which CPUs cannot run",
         choices=("auto", "reference", "fused"),
     )
+    certificates: str = key(
+        "prefer",
+        help="what needs a certificate of `mirai bench kernels --certify`; prefer: fused kernels, and of attention "
+        "without one is warned; require: both, or the run ends; ignore: nothing",
+        choices=("ignore", "prefer", "require"),
+    )
+    certificate_folder: str = key(
+        "runs/certificates", help="folder that certificates are read from, below the working directory or absolute"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,21 +8,33 @@ import torch.distributed as dist
 from mirai_dist.attention.patterns import Backends
 from mirai_dist.attention.select import Choice, Need, Unavailable, select
 from mirai_dist.config import RecipeError, schema
+from mirai_dist.cycle.certified import (
+    MAKE,
+    failed_backends,
+    lacking_attention,
+    lacking_kernels,
+    require_attention,
+)
 from mirai_dist.cycle.fusing import fusing_of
 
 
 def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = True) -> Choice:
     """The choice for all networks of a recipe; `trained` False: nothing needs a gradient.
 
-    Raises RecipeError where what parallel.attention or parallel.segment_attention names cannot be used here.
+    Raises RecipeError where what parallel.attention or parallel.segment_attention names cannot be used here, and in
+    training where parallel.certificates requires a certificate that is missing.
     """
     networks = (recipe.teacher, recipe.generator, recipe.critic)
     head_dims = tuple(sorted({network.dim // network.heads for network in networks}))
-    need = Need(device.type, getattr(torch, recipe.parallel.compute_dtype), head_dims, trained)
+    failed = failed_backends(recipe, device)
+    need = Need(device.type, getattr(torch, recipe.parallel.compute_dtype), head_dims, trained, failed)
     try:
-        return select(recipe.parallel.attention, recipe.parallel.segment_attention, need)
+        choice = select(recipe.parallel.attention, recipe.parallel.segment_attention, need)
     except Unavailable as error:
         raise RecipeError(f"parallel.{error.key}", str(error)) from error
+    if trained:
+        require_attention(recipe, device, choice)
+    return choice
 
 
 def backends_of(recipe: schema.Recipe, device: torch.device, trained: bool = True) -> Backends:
@@ -53,3 +65,14 @@ def _in_a_word(recipe: schema.Recipe, device: torch.device) -> str:
     except RecipeError as error:
         return str(error)  # told to the others first
     return f"attention {choice.dense}, segment_attention {choice.segments} and kernels {kernels.name}"
+
+
+def uncertified(recipe: schema.Recipe, device: torch.device) -> list[str]:
+    """Warnings of a run on GPUs that goes on without certificates it would rather have. On CPUs none are expected."""
+    if device.type == "cpu":
+        return []
+    fusing, choice = fusing_of(recipe, device), attention_of(recipe, device)
+    kernels = lacking_kernels(recipe, device) if recipe.parallel.kernels != "reference" else ""
+    attention = lacking_attention(recipe, device, choice)
+    lines = [f"warning: results of attention by {choice.dense} {attention}; {MAKE}"] if attention else []
+    return lines + ([f"warning: plain torch instead of fused kernels: these {fusing.reason}"] if kernels else [])

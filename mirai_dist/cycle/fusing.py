@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirai_dist.config import RecipeError, schema
+from mirai_dist.cycle.certified import MAKE, lacking_kernels
 from mirai_dist.models.wan.model import RmsNorm
 from mirai_dist.models.wan.token_ops import EPS, PLAIN, Placement, TokenOps, load
 
@@ -37,6 +38,11 @@ def fusing_of(recipe: schema.Recipe, device: torch.device) -> Fusing:
     networks = (recipe.teacher, recipe.generator, recipe.critic)
     shapes = tuple(sorted({(network.dim, network.heads) for network in networks}))
     found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes)
+    uncertified = "" if found.reason else lacking_kernels(recipe, device)
+    if uncertified:
+        found = Fusing(PLAIN, "reference", f"{uncertified}; {MAKE}")
+    if uncertified and recipe.parallel.certificates == "require":
+        raise RecipeError("parallel.certificates", f"require, and the fused kernels {found.reason}")
     if asked == "fused" and found.reason:
         raise RecipeError("parallel.kernels", f"the fused kernels {found.reason}; use auto or reference")
     return found

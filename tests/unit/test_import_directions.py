@@ -74,6 +74,10 @@ RULES = {
     "mirai_dist.sample": Rule(
         ("mirai_dist.config", "mirai_dist.data", "mirai_dist.models", "mirai_dist.method"),
     ),
+    "mirai_dist.certify": Rule(
+        ("mirai_dist.attention", "mirai_dist.config", "mirai_dist.models", "mirai_dist.plan", "mirai_kernels"),
+        never=("torch.distributed",),
+    ),
     "mirai_dist.cycle": Rule(("mirai_dist",), never=("mirai_dist.__main__",)),
     "mirai_dist.commands": Rule(("mirai_dist",), never=("mirai_dist.__main__",)),
     "mirai_dist.commands.arguments": Rule((), LIGHT),

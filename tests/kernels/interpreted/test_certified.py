@@ -1,0 +1,35 @@
+"""Every operator of the kernels as a certificate calls it: the comparison itself works, on shapes of an interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mirai_dist.certify import subjects
+from mirai_dist.certify.compare import PASSED, judged
+from mirai_dist.certify.shapes import BySegment, Dense, Head, Shapes, Tokens
+
+SHAPES = Shapes(
+    "float32",
+    (Dense(1, 5, 11, heads=2, head_dim=16, past=6),),
+    (BySegment(1, 8, 4, heads=2, head_dim=16, doubled=True), BySegment(2, 6, 3, heads=2, head_dim=16, doubled=False)),
+    (Tokens(2, 32, 2, (2, 2, 3), copies=1, vectors=2, first_frame=5),),
+    (Head(7, 32, 48),),
+)
+
+
+def test_every_operator_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "_unloaded", lambda device: "")
+    monkeypatch.setattr(subjects, "LIBRARIES", ("triton", "cpu"))
+    cpu = torch.device("cpu")
+    rows = [row for subject in subjects.subjects(SHAPES, cpu) for row in judged(subject, torch.float32, cpu)]
+    ours = [row for row in rows if row["op"] not in (subjects.ATTENTION, subjects.SEGMENTS)]
+    assert {row["op"].split(":")[0] for row in ours} == {
+        subjects.TOKENS,
+        subjects.CHUNK,
+        subjects.PREFIX,
+        subjects.CACHE,
+        subjects.COSINE,
+    }
+    for row in ours:
+        assert row["state"] == PASSED and row["same_twice"], row
