@@ -32,7 +32,7 @@ from tests.shipped import SHIPPED
 
 REPOSITORY = Path(__file__).parents[2]
 # Each of the others differs from one of these in a number of ranks, a length, or by having no foresight.
-OFTEN = ("video_mirai", "ode_framewise", "chunkwise-ode-8x8", "framewise-cd-8x8", "causal-forcing-chunkwise-mirai-1x8",
+OFTEN = ("video_mirai", "ode_framewise", "chunkwise-ode-8x8", "framewise-cd-8x8", "causal-forcing-chunkwise-mirai-8x8",
          "causal-forcing-framewise-mirai-8x8")
 TWINS = [pytest.param(path, id=path.stem, marks=() if path.stem in OFTEN else pytest.mark.slow) for path in SHIPPED]
 FORESIGHT = {"loss/foresight", "cosine/foresight", "grad_norm/predictor", "lr/predictor", "seconds/encoder"}
