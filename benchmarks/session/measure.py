@@ -92,7 +92,9 @@ class Desk:
         if self.cuda:
             from triton.testing import do_bench  # clears the L2 cache between runs
 
-            return float(do_bench(function, warmup=25, rep=100, return_mode="median"))
+            milliseconds = do_bench(function, warmup=25, rep=100, return_mode="median")
+            assert isinstance(milliseconds, float)  # a list only of return_mode "all"
+            return milliseconds
         seconds = []
         for _ in range(1 if self.rehearsal else 3):
             began = time.perf_counter()
