@@ -21,7 +21,7 @@ from mirai_dist.cycle import account, gate
 from mirai_dist.cycle.pipeline import Place, make_run
 from mirai_dist.cycle.roles import Builder, Role
 from mirai_dist.cycle.stages import Run
-from mirai_dist.cycle.starts import fill, starts_of
+from mirai_dist.cycle.starts import fill, source_of
 from mirai_dist.cycle.studio import Studio, gathered
 from mirai_dist.evaluate import probe, video_files, world_metrics
 from mirai_dist.evaluate import report as page
@@ -109,7 +109,8 @@ def sample_all(every: Sequence[Job], place: Place, darkroom: Darkroom) -> Materi
             else:
                 stages[job.stage] = darkroom.samples(job)
             bar.update(done)
-    start = starts_of(study[0].recipe, study[0].stage, place.run_dir).parent
+    recipe, stage = study[0].recipe, study[0].stage
+    start = source_of(recipe, stage, recipe.stages[stage].parent, place.run_dir)
     assert start is not None  # a rule wants the parent of a dmd stage
     fill(generator.network, start, "dmd", "parent")
     generator.engine.release(generator.network)
