@@ -600,7 +600,7 @@ def _steps_section(report: Report) -> str:
     columns = ("stage", "starts from", "segment", "cycles", "time", "score", "gain", "95 % interval", "better in", "")
     rows = "".join(_step_row(step) for step in report.steps)
     gains = [
-        _interval_row(f"{step.name} − {step.parent}", step.gain, verdict(step.gain))
+        _interval_row(step.name, step.gain, verdict(step.gain))  # the table below has the parent: both would not fit
         for step in report.steps
         if step.gain
     ]
@@ -884,7 +884,7 @@ section { margin-top:3.2rem; } header { margin-bottom:1.4rem; } header + section
 .pill.better { background:var(--good-soft); color:var(--good); }
 .pill.worse { background:var(--bad-soft); color:var(--bad); }
 .prompt { font-weight:500; }
-.videos { display:grid; grid-template-columns:repeat(auto-fit,minmax(130px,1fr)); gap:.7rem; max-width:900px; }
+.videos { display:grid; grid-template-columns:repeat(auto-fill,minmax(130px,1fr)); gap:.7rem; }
 figure.video { margin:0; } figure.video video, figure.video .none { display:block; width:100%; height:auto;
   border-radius:8px; background:var(--soft); image-rendering:pixelated; }
 figure.video .none { aspect-ratio:1; display:grid; place-items:center; color:var(--muted); }

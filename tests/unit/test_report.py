@@ -386,7 +386,9 @@ def test_a_name_keeps_its_colour_on_the_whole_page() -> None:
 def test_what_each_stage_buys_is_said_with_its_interval(tmp_path: Path) -> None:
     page = write(tmp_path, example(tmp_path)).read_text()
     section = page[page.index('<section id="steps">') : page.index('<section id="quality">')]
-    assert "few &lt;step&gt; − teacher" in section and "foresight − few &lt;step&gt;" in section
     rows = re.findall(r"<tr>(.*?)</tr>", section, re.S)[1:]
+    assert "<td>teacher</td>" in rows[1] and "<td>few &lt;step&gt;</td>" in rows[2]  # what they start from
+    labels = re.findall(r'<text class="label"[^>]*>(.*?)</text>', section)
+    assert labels == ["few &lt;step&gt;", "foresight"]  # the first stage has nothing to gain over
     assert ["not compared" in rows[0], "worse" in rows[1], "better" in rows[2]] == [True] * 3
     assert "whole clip" in rows[0] and "1 frame<" in rows[1] and "3 frames<" in rows[2]
