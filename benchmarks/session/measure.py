@@ -52,9 +52,14 @@ class Desk:
         """Normal numbers: zeros are multiplied faster."""
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
+    @property
+    def left(self) -> float:
+        """Seconds until the section's deadline."""
+        return self._ends - time.monotonic()
+
     def time(self, case: Case, function: Callable[[], Any]) -> float | None:
         """Milliseconds, the median of each of two runs; written as a row. None where it did not run."""
-        if time.monotonic() > self._ends:
+        if self.left < 0:
             self.skip(case, "the section's deadline was over")
             return None
         try:

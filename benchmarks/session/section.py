@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.session import attention, blocks
+from benchmarks.session import attention, blocks, cycles
 from benchmarks.session.measure import NO_CUDA, Case, Desk, Work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,8 +83,8 @@ SECTIONS: dict[str, Callable[[Desk], None]] = {
     "attention": attention.backends,
     "chunk_backward": attention.chunk_backward,
     "fused": blocks.fused,
-    "blocks": blocks.blocks,
-    "cycle": lambda desk: blocks.cycle(desk, ROOT / RECIPES[desk.rehearsal]),
+    "cycle": cycles.cycles,
+    "assembled": blocks.assembled,
 }
 
 
