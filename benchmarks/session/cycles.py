@@ -34,9 +34,9 @@ class Phases(Ledger):
         self.peaks = {UNACCOUNTED: 0}
         self._open = [UNACCOUNTED]
         self._update = ""
-        super().__init__(self._clock)
+        super().__init__(self._read)
 
-    def _clock(self) -> float:
+    def _read(self) -> float:
         if self._on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -121,4 +121,4 @@ def _smaller_teachers(recipe: schema.Recipe) -> Iterator[schema.Recipe]:
 def with_small_teacher(one: OneGpu) -> OneGpu:
     """The same where nobody asks the teacher: two blocks of it are all that is built."""
     *_, smallest = _smaller_teachers(one.asked)
-    return replace(one, job=replace(one.job, recipe=smallest))
+    return replace(one, job=replace(one.job, recipe=smallest), asked=smallest)

@@ -1,0 +1,163 @@
+"""The replay step: by autograd as the trainer takes it, in static memory, and as a captured CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.session.measure import NO_CUDA, Case, Desk, Work
+from benchmarks.session.one_gpu import RECIPE, SMALL
+from benchmarks.session.traces import breakdown, recorded
+from mirai_dist.attention.patterns import Backends
+from mirai_dist.attention.select import Need, select
+from mirai_dist.config import load, schema
+from mirai_dist.method.arithmetic import PRESETS
+from mirai_dist.method.foresight import foresight_loss
+from mirai_dist.method.replay import ReplayStep
+from mirai_dist.models.predictor import Predictor
+from mirai_dist.plan import flops, passes, time
+
+CLOSE = 1e-2  # relative difference of a gradient between a replayed graph and the step run again; bf16 sums may differ
+Head = Callable[[Predictor, Tensor, Tensor], Tensor]
+
+
+def steps(desk: Desk) -> None:
+    """One sample's pairs at the recipe's shapes, in the compute dtype and without FSDP: every way takes the same."""
+    recipe = load(RECIPE, SMALL if desk.rehearsal else ()).recipe
+    one = passes.predictor_pass(recipe, batch=1)
+    states = desk.drawn(1, one.batch, one.tokens, recipe.generator.dim)
+    wide = torch.float32 if PRESETS[recipe.foresight.preset].wide_fusion else None
+    targets = desk.drawn(1, one.batch, one.tokens, recipe.teacher.dim, dtype=wide)
+    dense, backends = chosen(desk, recipe)
+    shape = f"{one.batch} segments of {one.tokens} tokens, {recipe.generator.dim} to {recipe.teacher.dim}"
+    case = Case("replay step", "", shape, work(recipe, dense))
+    network = predictor(desk, recipe, backends)
+    by_autograd = autograd_step(network, recipe, states, targets)
+    _timed(desk, replace(case, variant=f"autograd, plain head, {dense}"), by_autograd)
+    for head, cosine_of in heads(desk, recipe, case).items():
+        step = ReplayStep(partial(cosine_of, network), list(network.parameters()), states, targets)
+        _timed(desk, replace(case, variant=f"static memory, {head} head, {dense}"), step)
+        _graph(desk, replace(case, variant=f"CUDA graph, {head} head, {dense}"), step, (states, targets))
+
+
+def _graph(desk: Desk, case: Case, step: ReplayStep, pairs: tuple[Tensor, Tensor]) -> None:
+    """The same as a graph, if it leaves the same numbers."""
+    if not desk.cuda:
+        desk.skip(case, f"a CUDA graph {NO_CUDA}")
+        return
+    try:
+        graph = captured(step)
+    except RuntimeError as error:
+        desk.skip(case, f"cannot be captured: {str(error).splitlines()[0]}")
+        return
+    difference = replayed_difference(step, graph.replay, pairs)
+    if difference <= CLOSE:
+        _timed(desk, case, graph.replay, difference=difference)
+    else:
+        desk.skip(case, f"leaves numbers that are {difference:.1e} from those of the step itself")
+
+
+def heads(desk: Desk, recipe: schema.Recipe, case: Case) -> dict[str, Head]:
+    """Mean cosine of a predictor on states [N, S, dim] and targets [N, S, D]: in plain torch, and by our kernel."""
+    arithmetic = PRESETS[recipe.foresight.preset]
+
+    def plain(network: Predictor, states: Tensor, targets: Tensor) -> Tensor:
+        return foresight_loss(network, states[None], targets[None], arithmetic)[1]
+
+    if not desk.cuda:
+        desk.skip(replace(case, variant="fused head"), NO_CUDA)
+        return {"plain": plain}
+    from mirai_kernels.cosine_head.op import cosine_head
+
+    def fused(network: Predictor, states: Tensor, targets: Tensor) -> Tensor:
+        return cosine_head(network.hidden(states), network.projection.weight, targets)
+
+    return {"plain": plain, "fused": fused}
+
+
+def chosen(desk: Desk, recipe: schema.Recipe) -> tuple[str, Backends]:
+    """What attends: its name, and what a network's constructor takes."""
+    head_dim = recipe.generator.dim // recipe.generator.heads
+    choice = select("auto", "dense", Need(desk.device.type, desk.dtype, (head_dim,)))
+    return choice.dense, choice.backends
+
+
+def predictor(desk: Desk, recipe: schema.Recipe, backends: Backends) -> Predictor:
+    """The recipe's, whole, with small normal numbers."""
+    generator, gated = recipe.generator, PRESETS[recipe.foresight.preset].gated_predictor
+    sizes = generator.dim, recipe.teacher.dim, generator.heads, recipe.foresight.predictor_blocks
+    with torch.device(desk.device):
+        network = Predictor(*sizes, gated, backends).to(desk.dtype)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return network
+
+
+def autograd_step(
+    network: Predictor, recipe: schema.Recipe, states: Tensor, targets: Tensor
+) -> Callable[[], Sequence[Tensor]]:
+    """What phases.replay_update does of it: the loss, and its gradient by the parameters."""
+    parameters, arithmetic = list(network.parameters()), PRESETS[recipe.foresight.preset]
+
+    def run() -> Sequence[Tensor]:
+        return torch.autograd.grad(foresight_loss(network, states, targets, arithmetic)[0], parameters)
+
+    return run
+
+
+def work(recipe: schema.Recipe, dense: str) -> tuple[Work, ...]:
+    """Forward and backward as the planner counts them; plain torch moves three times what its forward does."""
+    one = replace(passes.predictor_pass(recipe, batch=1), past=0)
+    forward, backward = flops.forward(recipe, one), flops.backward(recipe, one)
+    return (
+        Work("gemm", forward.dense + backward.dense),
+        Work(f"attention {dense}", forward.attention),
+        Work(f"attention {dense} backward", backward.attention),
+        Work("memory", 3 * time.elementwise(recipe, one)),
+    )
+
+
+def captured(step: ReplayStep) -> torch.cuda.CUDAGraph:
+    """The step as a graph. It has run before on a stream of its own, so that whatever is made lazily is there."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def replayed_difference(step: ReplayStep, replay: Callable[[], None], pairs: tuple[Tensor, Tensor]) -> float:
+    """Largest relative difference between what `replay` leaves and what the step leaves, on pairs that are not those it
+    was made with: states and targets of its own shapes, in another order of segments."""
+    step.load(*(each.flip(1) for each in pairs))
+    left = (step.cosine, *step.gradients)
+    step()
+    expected = [each.clone() for each in left]
+    for each in left:
+        each.zero_()
+    replay()
+    differences = [(mine - other).norm() / other.norm() for mine, other in zip(left, expected, strict=True)]
+    return torch.stack([each.float() for each in differences]).max().item()
+
+
+def _timed(desk: Desk, case: Case, function: Callable[[], object], **found: object) -> None:
+    """Milliseconds, and how many times one call starts something on the device."""
+
+    def launches() -> dict[str, object]:
+        if not desk.cuda:
+            return found
+        trace = desk.out / "replay.json.gz"
+        recorded(trace, {case.name: function})
+        return found | {"launches": breakdown(trace, case.name).launches}
+
+    desk.time(case, function, launches)
