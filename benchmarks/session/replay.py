@@ -137,9 +137,10 @@ def captured(step: ReplayStep) -> torch.cuda.CUDAGraph:
 
 
 def replayed_difference(step: ReplayStep, replay: Callable[[], None], pairs: tuple[Tensor, Tensor]) -> float:
-    """Largest relative difference between what `replay` leaves and what the step leaves, on pairs that are not those it
-    was made with: states and targets of its own shapes, in another order of segments."""
-    step.load(*(each.flip(1) for each in pairs))
+    """Largest relative difference between what `replay` leaves and what the step leaves, on other pairs than those it
+    was captured with: their targets are turned round, and with them what the step leaves."""
+    states, targets = pairs
+    step.load(states, -targets)
     left = (step.cosine, *step.gradients)
     step()
     expected = [each.clone() for each in left]
