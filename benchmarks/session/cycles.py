@@ -108,16 +108,16 @@ class Measured:
 
     def run_all(self, stage: DrawnStage) -> None:
         """A row a cycle, at once; as many of them as there is time for."""
-        longest = 0.0
+        latest = 0.0  # seconds of the cycle before
         plan = [(WARM_UP, "the first cycle, warming up", True)]
         plan += [(number, f"cycle {number}", True) for number in ORDER]
         plan += [(ORDER[-1], f"cycle {ORDER[-1]}, not waiting at phases", False)]
         for number, name, waits in plan:
-            if self.desk.left < longest:
+            if self.desk.left < latest:
                 self.desk.skip(self.case(name), "the section's deadline came too near")
                 continue
             done = run(stage, number, waits)
-            longest = max(longest, done.total)
+            latest = done.total
             took = {"ms": 1e3 * done.total, "collectives_ms": 1e3 * done.collectives}
             self.desk.write(self.case(name), **took, reserved_gib=done.reserved / GIB)
             if name == f"cycle {number}":
@@ -156,17 +156,13 @@ class Measured:
             self.desk.skip(self.case("what foresight adds"), "there was no pair of cycles, with it and without")
             return
         without, with_it = (fmean(each.total for each in self.by_foresight[on][:pairs]) for on in (False, True))
-        seconds = [(predicted(planned, on) or {}).get(ALL) for on in (False, True)]
-        base, foresight = seconds
-        known = base is not None and foresight is not None
-        self.desk.write(
-            self.case("what foresight adds"),
-            ms=1e3 * (with_it - without),
-            percent=100 * (with_it / without - 1),
-            predicted_ms=1e3 * (foresight - base) if known else None,
-            predicted_percent=100 * (foresight / base - 1) if known else None,
-            predicted_from=["mirai plan"],
-        )
+        found: dict[str, float] = {}
+        base, foresight = predicted(planned, False), predicted(planned, True)
+        if base and foresight:
+            found["predicted_ms"] = 1e3 * (foresight[ALL] - base[ALL])
+            found["predicted_percent"] = 100 * (foresight[ALL] / base[ALL] - 1)
+        case, percent = self.case("what foresight adds"), 100 * (with_it / without - 1)
+        self.desk.write(case, ms=1e3 * (with_it - without), percent=percent, predicted_from=["mirai plan"], **found)
 
 
 def predicted(planned: StagePlan, foresight: bool) -> dict[str, float] | None:

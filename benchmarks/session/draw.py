@@ -17,9 +17,10 @@ WIDTH, LEFT, BAR, GAP = 980, 470, 12, 4
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 Row = dict[str, Any]
 # keys of rows beside milliseconds, and their words
-MORE = {"percent": "%", "predicted_percent": "% predicted", "share": "share", "launches": "launches"}
+MORE = {"percent": "%", "predicted_percent": "% predicted", "share": "of the part", "calls": "calls", "launches": "launches"}
 MORE |= {"peak_gib": "peak GiB", "predicted_gib": "GiB planned", "reserved_gib": "GiB reserved"}
-MORE |= {"collectives_ms": "ms in collectives", "difference": "from the step itself", "trace_mib": "MiB of trace"}
+MORE |= {"idle_ms": "ms idle", "collectives_ms": "ms in collectives", "difference": "relative difference"}
+MORE |= {"trace_mib": "trace MiB"}
 
 
 def main() -> None:
@@ -99,7 +100,7 @@ def cycle_table(rows: Sequence[Row]) -> Iterator[str]:
         cells = [phase, *map(_rounded, found), *(_rounded(row.get(key), 2) for key in ("peak_gib", "predicted_gib"))]
         yield f"| {' | '.join(cells)} |"
     (added,) = [row for row in rows if row["section"] == "cycle" and "percent" in row]
-    planned = f"planned {added['predicted_percent']:.1f} %" if added["predicted_percent"] is not None else "not planned"
+    planned = f"planned {added['predicted_percent']:.1f} %" if "predicted_percent" in added else "not planned"
     yield f"\nForesight adds {added['percent']:.1f} % ({planned}). The same put together of blocks, in ms:\n"
     for row in rows:
         if row["section"] == "assembled" and row.get("phase") == "all":

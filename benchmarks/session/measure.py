@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,18 +57,15 @@ class Desk:
         """Seconds until the section's deadline."""
         return self._ends - time.monotonic()
 
-    def time(
-        self, case: Case, function: Callable[[], Any], also: Callable[[], Mapping[str, Any]] = dict
-    ) -> float | None:
-        """Milliseconds, the median of each of two runs; written as a row, with what `also` then finds. None where it
-        did not run."""
+    def time(self, case: Case, function: Callable[[], Any], **found: Any) -> float | None:
+        """Milliseconds, the median of each of two runs; written as a row, with what else was found. None where it did
+        not run."""
         if self.left < 0:
             self.skip(case, "the section's deadline was over")
             return None
         try:
             function()
             first, second = (self._median(function) for _ in range(2))
-            found = also()
         except Exception as error:  # noqa: BLE001  whatever a kernel dies of is this row's result
             self.skip(case, f"fails with {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ class OneGpu:
         latents = f"{video.latent_frames} x {video.latent_height} x {video.latent_width}"
         return f"1 sample of {latents} latents, teacher of {teacher}"
 
-    @property
+    @cached_property
     def by(self) -> str:
         """What computes: between attention and products, and attention."""
         device = self.ranks.device

@@ -21,7 +21,7 @@ from mirai_dist.plan import passes, time
 TRACE = "profile.json.gz"
 CHUNK, CRITIC = "chunk pass", "critic step"
 LONGEST = 10  # kernels that get a row, the longest first
-SHOWN = 100  # characters of a kernel's name; templates make them longer
+SHOWN = 70  # characters of a kernel's name; templates make them longer
 
 
 def parts(desk: Desk) -> None:
@@ -98,5 +98,5 @@ def _write(desk: Desk, one: OneGpu, part: str, expected: float | None) -> None:
     for by, rows in (("kind", found.kinds), ("kernel", longest)):
         for name, milliseconds in rows.items():
             if milliseconds > 0:
-                row = Case(f"{part}: {name[:SHOWN]}", f"by {by}", f"{found.calls.get(name, 0)} calls")
-                desk.write(row, ms=milliseconds, share=milliseconds / found.wall)
+                row = Case(f"{part} by {by}", name[:SHOWN], one.size)
+                desk.write(row, ms=milliseconds, share=milliseconds / found.wall, calls=found.calls.get(name))
