@@ -17,7 +17,7 @@ recomputation in backward repeats no write, in whatever order backward visits th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -43,17 +43,11 @@ class SegmentOutput(Protocol):
     def text_keys_values(self) -> Any: ...
 
 
-class Held(Protocol):
-    """What one block's segment sees of a cache, and room for its own keys and values (mirai_dist.models.wan.Held)."""
-
-    def slots(self) -> list[tuple[Tensor, Tensor]]: ...
-
-
 class Past(NamedTuple):
-    """What a segment attends to beside itself, and where it writes itself, a block; cached text keys and values; its
-    place."""
+    """What a segment attends to beside itself, and where it writes itself, for each block (mirai_dist.models.wan.Held);
+    cached text keys and values; its place."""
 
-    held: Sequence[Held]
+    held: tuple[Any, ...]
     text_keys_values: KeysValues | None
     first_frame: int
 
@@ -68,10 +62,10 @@ class Cache(Protocol):
     """Where context passes leave their keys and values (mirai_dist.models.wan.KVCache)."""
 
     def reset(self) -> None: ...
-    def view(self, room: int = 0) -> Sequence[Held]: ...
+    def view(self, room: int = 0) -> tuple[Any, ...]: ...
     def keep(self) -> None: ...
     def visible_frames(self) -> list[int]: ...
-    def placed(self, keys_values: KeysValues) -> Sequence[Held]: ...
+    def placed(self, keys_values: KeysValues) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -222,7 +216,7 @@ def _denoised(
     settings: RolloutSettings,
     inputs: RolloutInputs,
     past: Past,
-    seen: Sequence[Held] | None,
+    seen: tuple[Any, ...] | None,
     noise: Tensor,
 ) -> tuple[Tensor, SegmentOutput, Past]:
     """A segment from its noise [settings.noises, B, frames, C, H, W]: x0, the exit pass's output, past with cached
@@ -306,7 +300,7 @@ def _at(timestep: float, latent: Tensor) -> Tensor:
     return torch.full((latent.shape[0],), timestep, device=latent.device, dtype=dtype)
 
 
-def _written(held: Sequence[Held]) -> KeysValues:
+def _written(held: tuple[Any, ...]) -> KeysValues:
     """Copies of what lies in the room of each block."""
     pieces = (zip(*each.slots(), strict=True) for each in held)
     return tuple((torch.cat(keys, dim=1), torch.cat(values, dim=1)) for keys, values in pieces)

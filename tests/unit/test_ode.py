@@ -152,6 +152,7 @@ def test_the_history_is_the_ground_truth_and_the_future_is_unseen() -> None:
 class Output(NamedTuple):
     velocity: Tensor
     hidden: None
+    keys_values: None
     text_keys_values: Any
 
 
@@ -172,7 +173,7 @@ class Notes:
             self.context.append(latent)
         assert [slot.shape for slot, _ in held.slots()] == [(4, latent.shape[1], 1, 1)]
         velocity = text.mean(dim=(1, 2)).view(4, 1, 1, 1, 1).expand_as(latent).to(self.dtype)
-        return Output(velocity, None, ((text, text),))
+        return Output(velocity, None, None, ((text, text),))
 
 
 def noted(network: Notes, given: TrajectoryInputs, per_segment: int) -> Tensor:

@@ -92,7 +92,7 @@ class Recorder:
         own = torch.full((latent.shape[0], latent.shape[1], 1, 1), len(self.calls), dtype=latent.dtype)
         hidden = latent.flatten(2) if capture else None
         if seen.room:
-            fill_room(past.held, ((own, own),))
+            fill_room([seen], ((own, own),))
         return Output(latent / 2, hidden, None if seen.room else ((own, own),), ((text, text),))
 
 
