@@ -77,7 +77,7 @@ def probe_behind(behind: Behind, need: Need) -> str:
         q, k, v, *cache = (_drawn(need, tokens, head_dim, seed) for seed, tokens in enumerate((37, 37, 37, 190, 190)))
         for each in cache:
             each[:, 40:70] = each[:, 121:] = float("nan")
-        seen = _Cache(*cache)
+        seen = _Cache(cache[0], cache[1])
         past = seen.together(None)
 
         def exact(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] = past) -> Tensor:

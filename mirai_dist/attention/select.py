@@ -167,9 +167,9 @@ def _behind(choice: Choice, need: Need) -> Choice:
 
 def _of_parts(name: str, choice: Choice, need: Need, load: Callable[[str], Any]) -> Candidate:
     """A candidate that joins what a library computes in parts, with what stands in its way."""
-    by = split.LIBRARIES.get((need.device, choice.dense))
+    by = split.LIBRARIES.get((need.device, choice.dense), "")
     hindrance = need.no_kernels
-    if not hindrance and by is None:
+    if not hindrance and not by:
         hindrance = f"joins parts of cudnn or sdpa-flash, and attention is by {choice.dense}"
     if not hindrance and name == SPLIT and need.cached_gradient:
         hindrance = "computes no gradient towards a cache, which rollout.kv_grad leaky asks for"
