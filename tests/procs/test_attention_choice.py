@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from mirai_dist.attention import sdpa
-from mirai_dist.attention.patterns import TORCH, Backends, BySegment
+from mirai_dist.attention.patterns import TORCH, by_dense
 from mirai_dist.attention.select import Choice
 from mirai_dist.config import RecipeError, load
 from mirai_dist.cycle import attending
@@ -23,16 +23,17 @@ def test_every_network_of_a_run_attends_with_what_the_recipe_names(threads) -> N
         networks = {role.name: role.network for role in vars(stage).values() if isinstance(role, Role)}
         assert networks.keys() == {"generator", "critic", "teacher", "predictor"}
         for name, network in networks.items():
-            found = [module.dense for module in network.modules() if hasattr(module, "dense")]
             blocks = list(network.get_submodule("blocks").children())
-            assert found == [sdpa.FLASH] * len(blocks), name
+            found = [block.dense if name == "predictor" else block.backends.dense for block in blocks]
+            assert found == [sdpa.FLASH] * len(blocks) and blocks, name
         for name in ("generator", "critic", "teacher"):
-            assert networks[name].backends == Backends(sdpa.FLASH, BySegment(sdpa.FLASH))
+            assert networks[name].backends == by_dense(sdpa.FLASH)
 
     with tiny.lively():
         threads(1)(body)
     told = effective(load(tiny.RECIPE, ("parallel.attention=sdpa-flash",)), 1, "cpu")["attention"]
-    assert told == {"dense": "sdpa-flash", "segments": "dense calls, segment by segment", "refused": {}}
+    calls = "dense calls, segment by segment"
+    assert told == {"dense": "sdpa-flash", "segments": calls, "behind": "dense calls", "refused": {}}
 
 
 def refusals(threads, recipe) -> list[str]:
@@ -59,9 +60,9 @@ def test_a_rank_that_would_compute_otherwise_stops_all(threads, monkeypatch: pyt
     monkeypatch.setattr(attending, "attention_of", attention_of)
     (said,) = set(refusals(threads, tiny.recipe()))
     assert said == (
-        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn, segment_attention dense and kernels "
-        "reference, rank 2 has attention flash-2, segment_attention dense and kernels reference; name what all have, "
-        "here, in segment_attention and kernels"
+        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn, segment_attention dense, caches "
+        "dense and kernels reference, rank 2 has attention flash-2, segment_attention dense, caches dense and "
+        "kernels reference; name what all have, here, in segment_attention and kernels"
     )
 
 
