@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from benchmarks.kernels.count_bytes import MODELS, Released
 from benchmarks.session.attention import differentiated
 from benchmarks.session.measure import NO_CUDA, Case, Desk, Work
-from benchmarks.session.one_gpu import ALL, NAMES, TOO_LARGE, one_gpu, phase_name
+from benchmarks.session.one_gpu import ALL, NAMES, TOO_LARGE, in_words, one_gpu, phase_name
 from mirai_dist.attention.patterns import Backends
-from mirai_dist.attention.select import Need, select
+from mirai_dist.attention.select import Choice, Need, select
 from mirai_dist.certify.shapes import Tokens
 from mirai_dist.certify.subjects import token_inputs, token_operators
 from mirai_dist.config import schema
@@ -149,9 +149,18 @@ def _cosine_head(desk: Desk) -> None:
 # --- blocks of a cycle -----------------------------------------------------------------------------------------------
 
 
-def _dense(desk: Desk, shape: WanShape) -> tuple[str, Backends]:
-    choice = select("auto", "dense", Need(desk.device.type, desk.dtype, (shape.dim // shape.heads,)))
-    return choice.dense, choice.backends
+class By(NamedTuple):
+    """Who computes a block: between attention and products, and attention; words for both."""
+
+    arithmetic: str
+    dense: str
+    words: str
+
+
+def _attending(desk: Desk, shape: WanShape, fused: bool) -> Choice:
+    """What a run takes beside this arithmetic: our kernels join attention's parts beside the fused one alone."""
+    need = Need(desk.device.type, desk.dtype, (shape.dim // shape.heads,))
+    return select("auto", "dense", replace(need, no_kernels="") if fused else need)
 
 
 def block(desk: Desk, each: Pass, ops: TokenOps, backends: Backends) -> Callable[[], object]:
@@ -165,9 +174,11 @@ def block(desk: Desk, each: Pass, ops: TokenOps, backends: Backends) -> Callable
     rows = each.grid[1] * each.grid[2]
     places = ops.place(Placement(each.grid, each.past // rows), head_dim, x)
     inputs = BlockInputs(modulation, places, backends.dense, text)
-    cache = (desk.drawn(each.batch, each.past + each.tokens, shape.heads, head_dim) for _ in range(2))
-    room = () if each.gradient else (each.past, each.past + each.tokens)
-    held = Held(*cache, (0, each.past), room) if each.past else None
+    held = None
+    if each.past:
+        kept = each.past + each.tokens
+        keys, values = (desk.drawn(each.batch, kept, shape.heads, head_dim) for _ in range(2))
+        held = Held(keys, values, (0, each.past), () if each.gradient else (each.past, kept))
     if each.gradient:
         leaves = [x.requires_grad_(), *network.parameters()]
         run = lambda: torch.utils.checkpoint.checkpoint(
@@ -195,16 +206,15 @@ def assembled(desk: Desk) -> None:
             if each.role not in ("predictor", "text"):
                 key = _of_planner(one.recipe, each), phase_name(update.name, each.phase)
                 counted[key] = counted.get(key, 0.0) + update.times * each.count * each.blocks
-    measured: dict[tuple[str, str], dict[Pass, float | None]] = {}
-    for shape in dict.fromkeys(each.shape for each, _ in counted):
-        dense = _dense(desk, shape)
-        for each in dict.fromkeys(each for each, _ in counted if each.shape == shape):
-            kind = "forward, recomputation and backward" if each.gradient else "forward"
-            case = Case(f"block {kind}", "", str(each))
-            for variant, ops in arithmetics(desk, case, shape.dim // shape.heads):
-                name = f"{variant}, {dense[0]}"
-                row = replace(case, variant=name, work=each.work(variant, dense[0]))
-                measured.setdefault((variant, dense[0]), {})[each] = desk.time(row, block(desk, each, ops, dense[1]))
+    measured: dict[By, dict[Pass, float | None]] = {}
+    for each in dict.fromkeys(each for each, _ in counted):
+        kind = "forward, recomputation and backward" if each.gradient else "forward"
+        case = Case(f"block {kind}", "", str(each))
+        for arithmetic, ops in arithmetics(desk, case, each.shape.dim // each.shape.heads):
+            choice = _attending(desk, each.shape, arithmetic == "fused")
+            by = By(arithmetic, choice.dense, in_words(arithmetic, choice))
+            row = replace(case, variant=by.words, work=each.work(by.arithmetic, by.dense))
+            measured.setdefault(by, {})[each] = desk.time(row, block(desk, each, ops, choice.backends))
     for by, times in measured.items():
         _assembled(desk, by, counted, times)
 
@@ -218,10 +228,7 @@ def _of_planner(recipe: schema.Recipe, each: passes.Pass) -> Pass:
 
 
 def _assembled(
-    desk: Desk,
-    by: tuple[str, str],
-    counted: dict[tuple[Pass, str], float],
-    times: dict[Pass, float | None],
+    desk: Desk, by: By, counted: dict[tuple[Pass, str], float], times: dict[Pass, float | None]
 ) -> None:
     """A row a phase, backward in that of its forward, and one for all without and with foresight; a phase of which a
     pass was not measured is not added up."""
@@ -232,8 +239,8 @@ def _assembled(
     rows = [(phase, True, parts) for phase, parts in phases.items()]
     rows += [(ALL, False, base), (ALL, True, [*base, *phases[ENCODER]])]
     for phase, foresight, made in rows:
-        case = Case(f"{NAMES[foresight]}: {phase}", ", ".join(by), f"{sum(count for count, _ in made):.1f} blocks")
-        found = [(count, times.get(each), desk.predicted_ms(each.work(*by))) for count, each in made]
+        case = Case(f"{NAMES[foresight]}: {phase}", by.words, f"{sum(count for count, _ in made):.1f} blocks")
+        found = [(count, times.get(each), desk.predicted_ms(each.work(*by[:2]))) for count, each in made]
         if any(ms is None for _, ms, _ in found):
             desk.skip(case, "a pass of it was not measured")
             continue

@@ -17,8 +17,8 @@ WIDTH, LEFT, BAR, GAP = 980, 470, 12, 4
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 Row = dict[str, Any]
 # keys of rows beside milliseconds, and their words
-MORE = {"percent": "%", "predicted_percent": "% predicted", "share": "of the part", "calls": "calls", "launches": "launches"}
-MORE |= {"peak_gib": "peak GiB", "predicted_gib": "GiB planned", "reserved_gib": "GiB reserved"}
+MORE = {"percent": "%", "predicted_percent": "% predicted", "share": "of the part", "calls": "calls"}
+MORE |= {"launches": "launches", "peak_gib": "peak GiB", "predicted_gib": "GiB planned", "reserved_gib": "GiB reserved"}
 MORE |= {"idle_ms": "ms idle", "collectives_ms": "ms in collectives", "difference": "relative difference"}
 MORE |= {"trace_mib": "trace MiB"}
 

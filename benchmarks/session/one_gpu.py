@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.session.measure import Desk
+from mirai_dist.attention.select import SPLIT, Choice
 from mirai_dist.config import load, schema
 from mirai_dist.config.jobs import Job, jobs
 from mirai_dist.cycle.attending import attention_of
@@ -81,9 +82,9 @@ class OneGpu:
 
     @cached_property
     def by(self) -> str:
-        """What computes: between attention and products, and attention."""
+        """What computes, `in_words`."""
         device = self.ranks.device
-        return f"{fusing_of(self.recipe, device).name}, {attention_of(self.recipe, device).dense}"
+        return in_words(fusing_of(self.recipe, device).name, attention_of(self.recipe, device))
 
     def planned(self) -> StagePlan:
         """What `mirai plan` says of the job on this device."""
@@ -95,6 +96,11 @@ class OneGpu:
         console = Console(self.ranks.rank, self.ranks.host, folder / "console.log")
         run = make_run(self.job, Place(self.ranks, folder, console, StopRequest()))
         return DrawnStage(self.job.stage, run, Starts())
+
+
+def in_words(kernels: str, choice: Choice) -> str:
+    """Who computes between attention and products, who attention, and whether it reads a cache in parts."""
+    return f"{kernels}, {choice.dense}{', a cache in parts' if choice.behind == SPLIT else ''}"
 
 
 def phase_name(update: str, phase: str) -> str:

@@ -52,7 +52,8 @@ def chunk_pass(stage: DrawnStage) -> Callable[[], object]:
     timesteps = torch.full((1,), stage.rollout.timesteps[0], device=noise.device)
     with torch.no_grad():
         rollout(network, stage.rollout, RolloutInputs(noise, text, exit_step=0), cache)
-        past = Past(cache.view(), None, video.latent_frames - video.frames_per_segment)
+        held = cache.view(room=video.frames_per_segment)
+        past = Past(held, None, video.latent_frames - video.frames_per_segment)
         past = past._replace(text_keys_values=network(last, timesteps, text, past, 0).text_keys_values)
 
     @torch.no_grad()
