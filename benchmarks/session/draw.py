@@ -17,17 +17,18 @@ WIDTH, LEFT, BAR, GAP = 980, 470, 12, 4
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 Row = dict[str, Any]
 # keys of rows beside milliseconds, and their words
-MORE = {"percent": "%", "predicted_percent": "% predicted", "share": "of the part", "calls": "calls"}
-MORE |= {"launches": "launches", "peak_gib": "peak GiB", "predicted_gib": "GiB planned", "reserved_gib": "GiB reserved"}
-MORE |= {"idle_ms": "ms idle", "collectives_ms": "ms in collectives", "difference": "relative difference"}
-MORE |= {"trace_mib": "trace MiB"}
+MORE = {"added_ms": "ms", "percent": "per cent", "predicted_percent": "per cent planned", "share": "share"}
+MORE |= {"calls": "calls", "launches": "launches", "idle_ms": "ms idle", "collectives_ms": "ms in collectives"}
+MORE |= {"peak_gib": "peak GiB", "predicted_gib": "GiB planned", "reserved_gib": "GiB reserved"}
+MORE |= {"difference": "relative difference", "trace_mib": "trace MiB"}
 
 
 def main() -> None:
     path = Path(sys.argv[1])
     session = json.loads(path.read_text())
-    timed = [row for found in session["sections"].values() for row in found["rows"] if "ms" in row]
-    lines = [*table(session, ceilings(timed)), *cycle_table(timed)]
+    rows = [row for found in session["sections"].values() for row in found["rows"]]
+    timed = [row for row in rows if "ms" in row]
+    lines = [*table(session, ceilings(timed)), *cycle_table(rows)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     path.with_suffix(".svg").write_text(picture(timed))
 
@@ -71,8 +72,10 @@ def table(session: dict[str, Any], best: dict[str, float]) -> Iterator[str]:
                 again = f"{row['ms_again']:.3f}" if "ms_again" in row else ""
                 cells += [f"{row['ms']:.3f}", again, f"{predicted:.3f}" if predicted else "none"]
                 cells += [f"{row['ms'] / predicted:.2f}" if predicted else "", rate(row, best), more(row)]
+            elif "passed" in row:
+                cells += [f"passed: {row['passed']}; {row['said']}", *[""] * 5]
             else:
-                cells += [row.get("skipped") or f"passed: {row['passed']}; {row['said']}", *[""] * 5]
+                cells += [row.get("skipped", ""), *[""] * 4, more(row)]
             yield f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 
 
@@ -84,7 +87,7 @@ def more(row: Row) -> str:
 
 def phases_of(rows: Sequence[Row], section: str, foresight: bool) -> list[Row]:
     """Rows of a cycle's phases, and of all of them, in the order that they came in."""
-    return [row for row in rows if row["section"] == section and row.get("foresight") is foresight]
+    return [row for row in rows if row["section"] == section and row.get("foresight") is foresight and "ms" in row]
 
 
 def cycle_table(rows: Sequence[Row]) -> Iterator[str]:
@@ -99,11 +102,11 @@ def cycle_table(rows: Sequence[Row]) -> Iterator[str]:
         found = [each for pair in (base.get(phase, {}), row) for each in (pair.get("ms"), pair.get("predicted_ms"))]
         cells = [phase, *map(_rounded, found), *(_rounded(row.get(key), 2) for key in ("peak_gib", "predicted_gib"))]
         yield f"| {' | '.join(cells)} |"
-    (added,) = [row for row in rows if row["section"] == "cycle" and "percent" in row]
+    (added,) = [row for row in rows if "percent" in row]
     planned = f"planned {added['predicted_percent']:.1f} %" if "predicted_percent" in added else "not planned"
     yield f"\nForesight adds {added['percent']:.1f} % ({planned}). The same put together of blocks, in ms:\n"
-    for row in rows:
-        if row["section"] == "assembled" and row.get("phase") == "all":
+    for row in (*phases_of(rows, "assembled", False), *phases_of(rows, "assembled", True)):
+        if row["phase"] == "all":
             yield f"- {row['case']}, {row['variant']}: {row['ms']:.1f} (predicted: {_rounded(row['predicted_ms'])})"
 
 
