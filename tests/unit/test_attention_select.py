@@ -291,5 +291,5 @@ def test_networks_attend_with_what_they_are_given() -> None:
         ("teacher-forced 12", 48, 48), ("dense", 48, 5),
     ]  # fmt: skip
     noted.calls.clear()
-    Predictor(8, 6, heads=2, blocks=2, gated=False, backends=noted.backends)(torch.randn(1, 7, 8))
+    Predictor(8, 6, heads=2, blocks=2, gated=False, backends=noted.backends).hidden(torch.randn(1, 7, 8))
     assert noted.calls == [("dense", 7, 7)] * 2
