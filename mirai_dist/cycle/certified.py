@@ -13,7 +13,7 @@ import torch
 from mirai_dist.attention.select import Choice
 from mirai_dist.certify import certificate
 from mirai_dist.certify.shapes import shapes_of
-from mirai_dist.certify.subjects import ATTENTION, SEGMENTS, TOKENS
+from mirai_dist.certify.subjects import ATTENTION, COSINE, FUSION, SEGMENTS, TOKENS
 from mirai_dist.config import RecipeError, schema
 
 MAKE = "make one on such a machine with `mirai bench kernels --certify RECIPE`"
@@ -31,7 +31,10 @@ def lacking_kernels(recipe: schema.Recipe, device: torch.device) -> str:
     """Why the fused kernels may not be taken; empty: they may."""
     if recipe.parallel.certificates == "ignore":
         return ""
-    return certificate.lacking(recipe, device.type, TOKENS, "fused", shapes_of(recipe).tokens)
+    shapes = shapes_of(recipe)
+    asked = ((TOKENS, shapes.tokens), (COSINE, shapes.heads), (FUSION, shapes.fusions))
+    reasons = (certificate.lacking(recipe, device.type, op, "fused", found) for op, found in asked)
+    return next(filter(None, reasons), "")
 
 
 def lacking_attention(recipe: schema.Recipe, device: torch.device, choice: Choice) -> str:

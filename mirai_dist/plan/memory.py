@@ -230,7 +230,7 @@ class _Ledger:
             return {}
         recipe, compute, rows = self.recipe, BYTES[self.recipe.parallel.compute_dtype], found[0].batch * found[0].tokens
         wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
-        targets = rows * found[0].answers * recipe.teacher.dim
+        targets = found[0].tokens * sum(found[0].answers) * recipe.teacher.dim
         if phase == "encoder":
             return {("features", "predictor"): targets * wide}
         compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
@@ -275,7 +275,7 @@ class _Ledger:
         compute = BYTES[self.recipe.parallel.compute_dtype]
         rows = each.batch * each.tokens
         if each.role == "predictor":
-            return rows * each.answers * self.recipe.teacher.dim * WIDE * 2
+            return each.tokens * sum(each.answers) * self.recipe.teacher.dim * WIDE * 2
         network = network_of(each.role, self.recipe)
         again = block_kept(self.recipe, each) if self.networks[each.role].plan.recompute else 0
         return again + rows * (3 * network.dim + network.ffn_dim) * compute
@@ -315,9 +315,10 @@ def kv_cache(recipe: Recipe, batch: int, frames: int) -> int:
 
 def replay_pair(recipe: Recipe) -> int:
     """Bytes of the (state, target) pairs of one sample: states in the compute dtype, targets in fp32 where the preset
-    fuses them in it."""
+    fuses them in it, but for parallel.kernels=fused, whose unit vectors are in the compute dtype."""
     video, compute = recipe.video, BYTES[recipe.parallel.compute_dtype]
-    wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
+    is_wide = PRESETS[recipe.foresight.preset].wide_fusion and recipe.parallel.kernels != "fused"
+    wide = WIDE if is_wide else compute
     supervised = len(supervised_segments(video.latent_frames // video.frames_per_segment, recipe.foresight.offsets))
     tokens = supervised * video.frames_per_segment * frame_tokens(recipe)
     return tokens * (recipe.generator.dim * compute + recipe.teacher.dim * wide)
