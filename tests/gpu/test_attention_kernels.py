@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mirai_dist.attention import sdpa
-from mirai_dist.attention.patterns import Backends, BySegment, Pattern
+from mirai_dist.attention.patterns import BySegment, Pattern, by_dense
 from mirai_dist.cycle import comparing
 from mirai_dist.method.foresight import PRESETS
 from mirai_dist.method.replay import ReplayStep
@@ -143,7 +143,7 @@ def test_teacher_forcing_of_two_segments(by: str) -> None:
 def replay_step(attend: Pattern) -> tuple[ReplayStep, list[tuple[Tensor, Tensor]]]:
     """Of a predictor whose tokens and head are the fused kernels."""
     torch.manual_seed(0)
-    comparison, backends = comparing.load(PRESETS["paper"]), Backends(attend, BySegment(attend))
+    comparison, backends = comparing.load(PRESETS["paper"]), by_dense(attend)
     network = Predictor(256, 320, heads=2, blocks=3, gated=False, backends=backends, ops=token_ops.load())
     network.to(DEVICE, torch.bfloat16)
     pairs = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def recipe(kernels: str) -> schema.Recipe:
 def with_triton(monkeypatch: pytest.MonkeyPatch) -> token_ops.Fused:
     """The kernels as if they could be loaded; nothing here runs them."""
     refused = lambda *_: pytest.fail("ran a kernel")
-    ops = token_ops.Fused(*[refused] * 4)
+    ops = token_ops.Fused(*[refused] * len(fields(token_ops.Fused)))
     monkeypatch.setattr(fusing, "load", lambda: ops)
     monkeypatch.setattr(comparing, "load", lambda arithmetic: Comparison(arithmetic, refused, refused))
     return ops

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirai_dist.attention.patterns import TORCH, Backends, BySegment
+from mirai_dist.attention.patterns import TORCH, by_dense
 from mirai_dist.config import load as load_recipe
 from mirai_dist.cycle import comparing
 from mirai_dist.cycle.fusing import BOUNDS
@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def predictor(gated: bool = False, answers: int = 1, blocks: int = 2, ops: TokenOps = PLAIN) -> Predictor:
     """In float64 if it is the plain one, else in float32 and with our attention."""
-    backends = TORCH if ops is PLAIN else Backends(attend, BySegment(attend))
+    backends = TORCH if ops is PLAIN else by_dense(attend)
     network = Predictor(DIM, answers * WIDTH, heads=2, blocks=blocks, gated=gated, backends=backends, ops=ops)
     fill(network, 1)
     return network.double() if ops is PLAIN else network
