@@ -339,8 +339,8 @@ class Parallel:
     )
     kernels: str = key(
         "auto",
-        help="what computes norms, rotary positions and gates; fused: Triton kernels that move each tensor once; "
-        "auto: those, where they are found exact on this machine, which CPUs cannot run",
+        help="what computes norms, rotary positions, gates and the foresight head; fused: Triton kernels that move "
+        "each tensor once; auto: those, where they are found exact on this machine, which CPUs cannot run",
         choices=("auto", "reference", "fused"),
     )
     certificates: str = key(
