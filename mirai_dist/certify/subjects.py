@@ -242,7 +242,7 @@ def _target_fusion(fusion: Fusion, missing: str) -> Subject:
     return Subject(FUSION, str(fusion), inputs, plain, plain, {"fused": missing or fused}, gradient=False)
 
 
-# --- our own operators that no network calls yet -----------------------------------------------------------------
+# --- what joins attention's parts and writes a cache -------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -334,13 +334,15 @@ class Parallel:
     segment_attention: str = key(
         "auto",
         help="what computes attention over segments, in teachers that train in one pass; dense: calls of "
-        "parallel.attention, segment by segment; flex: FlexAttention, one call",
-        choices=("auto", "dense", "flex"),
+        "parallel.attention, segment by segment; flex: FlexAttention, one call; prefix: calls over prefixes, joined "
+        "by fused kernels",
+        choices=("auto", "dense", "flex", "prefix"),
     )
     kernels: str = key(
         "auto",
-        help="what computes norms, rotary positions, gates and the foresight head; fused: Triton kernels that move "
-        "each tensor once; auto: those, where they are found exact on this machine, which CPUs cannot run",
+        help="what computes norms, rotary positions, gates and the foresight head, and joins attention's parts; fused: "
+        "Triton kernels that move each tensor once; auto: those, where they are found exact on this machine, which "
+        "CPUs cannot run",
         choices=("auto", "reference", "fused"),
     )
     certificates: str = key(

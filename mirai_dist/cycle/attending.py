@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -13,6 +15,7 @@ from mirai_dist.cycle.certified import (
     failed_backends,
     lacking_attention,
     lacking_kernels,
+    lacking_parts,
     require_attention,
 )
 from mirai_dist.cycle.fusing import fusing_of
@@ -28,13 +31,24 @@ def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = Tr
     head_dims = tuple(sorted({network.dim // network.heads for network in networks}))
     failed = failed_backends(recipe, device)
     need = Need(device.type, getattr(torch, recipe.parallel.compute_dtype), head_dims, trained, failed)
-    try:
-        choice = select(recipe.parallel.attention, recipe.parallel.segment_attention, need)
-    except Unavailable as error:
-        raise RecipeError(f"parallel.{error.key}", str(error)) from error
+    if fusing_of(recipe, device).name == "fused":
+        need = replace(need, no_kernels="", cached_gradient=recipe.rollout.kv_grad == "leaky")
+    choice = _selected(recipe, need)
+    reason = lacking_parts(recipe, device, choice)
+    if reason and recipe.parallel.certificates == "require":
+        raise RecipeError("parallel.certificates", f"require, and the kernels that join attention {reason}; {MAKE}")
+    if reason:
+        choice = _selected(recipe, replace(need, no_kernels=reason))
     if trained:
         require_attention(recipe, device, choice)
     return choice
+
+
+def _selected(recipe: schema.Recipe, need: Need) -> Choice:
+    try:
+        return select(recipe.parallel.attention, recipe.parallel.segment_attention, need)
+    except Unavailable as error:
+        raise RecipeError(f"parallel.{error.key}", str(error)) from error
 
 
 def backends_of(recipe: schema.Recipe, device: torch.device, trained: bool = True) -> Backends:
@@ -64,7 +78,8 @@ def _in_a_word(recipe: schema.Recipe, device: torch.device) -> str:
         choice, kernels = attention_of(recipe, device), fusing_of(recipe, device)
     except RecipeError as error:
         return str(error)  # told to the others first
-    return f"attention {choice.dense}, segment_attention {choice.segments} and kernels {kernels.name}"
+    attention = f"attention {choice.dense}, segment_attention {choice.segments}, caches {choice.behind}"
+    return f"{attention} and kernels {kernels.name}"
 
 
 def uncertified(recipe: schema.Recipe, device: torch.device) -> list[str]:

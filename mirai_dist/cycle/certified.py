@@ -4,16 +4,20 @@ parallel.certificates   fused kernels without one             attention without 
 ignore                  taken; the probe at the start decides  taken; the probe decides
 prefer                  not taken by auto, refused by name     taken, with a warning; what failed is not
 require                 refused                                refused
+
+Fused kernels are the token operators, the one that writes a cache among them, and those that join attention's parts.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mirai_dist.attention.select import Choice
+from mirai_dist.attention import split
+from mirai_dist.attention.select import PREFIX, SPLIT, Choice
 from mirai_dist.certify import certificate
 from mirai_dist.certify.shapes import shapes_of
-from mirai_dist.certify.subjects import ATTENTION, COSINE, FUSION, SEGMENTS, TOKENS
+from mirai_dist.certify.subjects import ATTENTION, CACHE, CHUNK, COSINE, FUSION, SEGMENTS, TOKENS
+from mirai_dist.certify.subjects import PREFIX as OVER_PREFIXES
 from mirai_dist.config import RecipeError, schema
 
 MAKE = "make one on such a machine with `mirai bench kernels --certify RECIPE`"
@@ -32,9 +36,27 @@ def lacking_kernels(recipe: schema.Recipe, device: torch.device) -> str:
     if recipe.parallel.certificates == "ignore":
         return ""
     shapes = shapes_of(recipe)
-    asked = ((TOKENS, shapes.tokens), (COSINE, shapes.heads), (FUSION, shapes.fusions))
-    reasons = (certificate.lacking(recipe, device.type, op, "fused", found) for op, found in asked)
+    asked = (
+        (TOKENS, "fused", shapes.tokens),
+        (CACHE, "triton", [each for each in shapes.tokens if each.copies == 1]),
+        (COSINE, "fused", shapes.heads),
+        (FUSION, "fused", shapes.fusions),
+    )
+    reasons = (certificate.lacking(recipe, device.type, *each) for each in asked)
     return next(filter(None, reasons), "")
+
+
+def lacking_parts(recipe: schema.Recipe, device: torch.device, choice: Choice) -> str:
+    """Why the kernels that join attention's parts may not serve as chosen; empty: they may, or do not."""
+    if recipe.parallel.certificates == "ignore":
+        return ""
+    by, shapes, reason = split.LIBRARIES.get((device.type, choice.dense), ""), shapes_of(recipe), ""
+    if choice.behind == SPLIT:
+        behind = [each for each in shapes.dense if each.past]
+        reason = certificate.lacking(recipe, device.type, CHUNK, by, behind)
+    if not reason and choice.segments == PREFIX:
+        reason = certificate.lacking(recipe, device.type, OVER_PREFIXES, by, shapes.segments)
+    return reason
 
 
 def lacking_attention(recipe: schema.Recipe, device: torch.device, choice: Choice) -> str:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mirai_dist.attention import sdpa
+from mirai_dist.attention.patterns import TORCH
+from mirai_dist.attention.select import Choice, Need
 from mirai_dist.certify import certificate, exact, subjects
 from mirai_dist.certify.compare import FAILED, NOT_CERTIFIED, PASSED, Subject, drawn, judged, results
 from mirai_dist.certify.shapes import Dense, Fusion, Head, Tokens, shapes_of
@@ -192,6 +194,8 @@ def certified(folder: Path, found: schema.Recipe, monkeypatch: pytest.MonkeyPatc
     ops = {"token operator: placed": shapes.tokens, "cosine head": shapes.heads, "target fusion": shapes.fusions}
     ops = {op: each for op, each in ops.items() if op != changed.get("without")}
     rows = [row | {"op": op, "shape": str(shape)} for op, each in ops.items() for shape in each]
+    written = {"op": "cache write", "variant": "triton", "state": PASSED, "reason": ""}
+    rows += [row | written | {"shape": str(shape)} for shape in shapes.tokens if shape.copies == 1]
     made = {"format": 1, "setting": here | {"triton": changed.get("triton", "3")}, "rows": rows}
     certificate.write(certificate.path_of(folder, found.name, "cuda"), made)
 
@@ -245,6 +249,37 @@ def test_a_backend_that_failed_does_not_serve(tmp_path: Path) -> None:
         attending.attention_of(recipe(tmp_path, "parallel.attention=sdpa-flash"), CPU)
     ignored = recipe(tmp_path, "parallel.attention=sdpa-flash", "parallel.certificates=ignore")
     assert attending.attention_of(ignored, CPU).dense == "sdpa-flash"
+
+
+@pytest.mark.parametrize("lacks", ["", "chunk attention", "segment prefix attention"])
+def test_parts_of_attention_are_joined_with_a_certificate_alone(
+    lacks: str, tmp_path: Path, on_a_gpu: fusing.Fusing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = recipe(tmp_path)
+    certified(tmp_path, found, monkeypatch)
+    path = certificate.path_of(tmp_path, found.name, "cuda")
+    made, shapes = json.loads(path.read_text()), shapes_of(found)
+    compared = {"chunk attention": [each for each in shapes.dense if each.past],
+                "segment prefix attention": shapes.segments}  # fmt: skip
+    for op, each in compared.items():
+        row = {"op": op, "variant": "cudnn", "dtype": found.parallel.compute_dtype, "state": PASSED, "reason": ""}
+        made["rows"] += [row | {"shape": str(shape)} for shape in each if op != lacks]
+    certificate.write(path, made)
+    joined = Choice(TORCH, "cudnn", "prefix", (), "split")
+
+    def select(dense: str, segments: str, need: Need) -> Choice:
+        return Choice(TORCH, "cudnn", "dense", (("split", need.no_kernels),)) if need.no_kernels else joined
+
+    monkeypatch.setattr(attending, "select", select)
+    choice = attending.attention_of(found, CUDA)
+    if not lacks:
+        assert choice is joined
+        return
+    assert choice.behind == choice.segments == "dense" and "are not certified for " in choice.refused[0][1]
+    ignored = attending.attention_of(recipe(tmp_path, "parallel.certificates=ignore"), CUDA)
+    assert ignored is joined
+    with pytest.raises(RecipeError, match="parallel.certificates: require, and .* are not certified for "):
+        attending.attention_of(recipe(tmp_path, "parallel.certificates=require"), CUDA)
 
 
 def test_a_file_that_is_no_certificate_is_named(tmp_path: Path) -> None:

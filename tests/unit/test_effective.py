@@ -89,7 +89,8 @@ def test_stages_with_foresight_are_named() -> None:
 
 def test_attention_is_told_with_who_was_refused() -> None:
     refused = {"flash-2, xformers": "needs a CUDA device"}
-    assert used()["attention"] == {"dense": "sdpa", "segments": "dense calls, segment by segment", "refused": refused}
+    calls = {"dense": "sdpa", "segments": "dense calls, segment by segment", "behind": "dense calls"}
+    assert used()["attention"] == {**calls, "refused": refused}
     with pytest.raises(RecipeError, match=r"^parallel.attention: sdpa-efficient cannot be used here"):
         used("parallel.attention=sdpa-efficient")
 
