@@ -315,7 +315,10 @@ class Parallel:
     unit: str = key("block", help="what FSDP gathers at a time", choices=("block", "network"))
     reshard_after_forward: bool = key(True, help="free gathered parameters after each forward")
     recompute: str = key(
-        "block", help="block: keep only block inputs for backward; none: keep everything", choices=("block", "none")
+        "block",
+        help="block: keep only block inputs for backward; selective: and what attention gave, which is not computed "
+        "again; none: keep everything",
+        choices=("block", "selective", "none"),
     )
     sync_every_micro_batch: bool = key(
         False, help="reduce gradients after each micro-batch (less memory) or the last one only"

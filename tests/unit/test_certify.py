@@ -282,6 +282,19 @@ def test_parts_of_attention_are_joined_with_a_certificate_alone(
         attending.attention_of(recipe(tmp_path, "parallel.certificates=require"), CUDA)
 
 
+def test_selective_recomputation_wants_attention_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = load(tiny.RECIPE, ("parallel.recompute=selective",)).recipe
+    assert attending.attention_of(asked, CPU).dense == "sdpa"
+    for choice, unseen in (
+        (Choice(TORCH, "flash-3", "dense", ()), "that of flash-3 is unseen"),
+        (Choice(TORCH, "xformers", "flex", ()), "that of xformers and flex is unseen"),
+    ):
+        monkeypatch.setattr(attending, "select", lambda *_, choice=choice: choice)
+        with pytest.raises(RecipeError, match=f"parallel.recompute: selective keeps .* {unseen}; use block"):
+            attending.attention_of(asked, CPU)
+        assert attending.attention_of(asked, CPU, trained=False) is choice
+
+
 def test_a_file_that_is_no_certificate_is_named(tmp_path: Path) -> None:
     path = certificate.path_of(tmp_path, recipe(tmp_path).name, "cpu")
     path.write_text("{}")
