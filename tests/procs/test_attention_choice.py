@@ -3,6 +3,8 @@ choice of kernels."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch.distributed as dist
 from torch import Tensor
@@ -29,7 +31,7 @@ def test_every_network_of_a_run_attends_with_what_the_recipe_names(threads) -> N
         networks = {role.name: role.network for role in vars(stage).values() if isinstance(role, Role)}
         assert networks.keys() == {"generator", "critic", "teacher", "predictor"}
         for name, network in networks.items():
-            blocks = list(network.get_submodule("blocks").children())
+            blocks: list[Any] = list(network.get_submodule("blocks").children())
             found = [block.dense if name == "predictor" else block.backends.dense for block in blocks]
             assert found == [sdpa.FLASH] * len(blocks) and blocks, name
         for name in ("generator", "critic", "teacher"):
