@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,40 +15,53 @@ from benchmarks.session.traces import GAPS, breakdown, recorded
 from mirai_dist.attention.patterns import Backends
 from mirai_dist.attention.select import Need, select
 from mirai_dist.config import load, schema
-from mirai_dist.method.arithmetic import PRESETS
-from mirai_dist.method.foresight import foresight_loss
+from mirai_dist.cycle import comparing
+from mirai_dist.method.foresight import PRESETS, Comparison, foresight_loss, plain
 from mirai_dist.method.replay import ReplayStep
 from mirai_dist.models.predictor import Predictor
+from mirai_dist.models.wan import token_ops
+from mirai_dist.models.wan.token_ops import PLAIN, TokenOps
 from mirai_dist.plan import flops, passes, time
 
 CLOSE = 1e-2  # relative difference of a gradient between a replayed graph and the step run again; bf16 sums may differ
-Head = Callable[[Predictor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What computes a predictor and its comparison with targets, which are of this dtype."""
+
+    ops: TokenOps
+    comparison: Comparison
+    targets: torch.dtype
 
 
 def steps(desk: Desk) -> None:
-    """One sample's pairs at the recipe's shapes, in the compute dtype and without FSDP: every way takes the same."""
+    """One sample's pairs at the recipe's shapes, in the compute dtype and without FSDP."""
     recipe = load(RECIPE, SMALL if desk.rehearsal else ()).recipe
     one = passes.predictor_pass(recipe, batch=1)
-    states = desk.drawn(1, one.batch, one.tokens, recipe.generator.dim)
-    wide = torch.float32 if PRESETS[recipe.foresight.preset].wide_fusion else None
-    targets = desk.drawn(1, one.batch, one.tokens, recipe.teacher.dim, dtype=wide)
+    states, drawn = (desk.drawn(1, one.batch, one.tokens, each.dim) for each in (recipe.generator, recipe.teacher))
     dense, backends = chosen(desk, recipe)
     shape = f"{one.batch} segments of {one.tokens} tokens, {recipe.generator.dim} to {recipe.teacher.dim}"
     case = Case("replay step", "", shape, work(recipe, dense))
-    network = predictor(desk, recipe, backends)
     ran: dict[str, Callable[[], object]] = {}
 
     def timed(variant: str, function: Callable[[], object]) -> None:
         if desk.time(replace(case, variant=variant), function) is not None:
             ran[variant] = function
 
-    timed(f"autograd, plain head, {dense}", autograd_step(network, recipe, states, targets))
-    for head, cosine_of in heads(desk, recipe, case).items():
-        step = ReplayStep(partial(cosine_of, network), list(network.parameters()), states, targets)
-        timed(f"static memory, {head} head, {dense}", step)
-        ran |= _graph(desk, replace(case, variant=f"CUDA graph, {head} head, {dense}"), step, (states, targets))
+    for name, way in ways(desk, recipe, case).items():
+        network, targets, by = predictor(desk, recipe, backends, way.ops), drawn.to(way.targets), f"{name}, {dense}"
+        timed(f"autograd, {by}", autograd_step(network, way.comparison, states, targets))
+        step = ReplayStep(partial(mean_cosine, network, way.comparison), list(network.parameters()), states, targets)
+        timed(f"static memory, {by}", step)
+        ran |= _graph(desk, replace(case, variant=f"CUDA graph, {by}"), step, (states, targets))
     for variant, function in ran.items():  # last: a profiler may get in the way of what is captured after it
         _profiled(desk, Case("replay step under the profiler", variant, shape), function)
+
+
+def mean_cosine(network: Predictor, comparison: Comparison, states: Tensor, targets: Tensor) -> Tensor:
+    """Of states [B, I, S, dim] and the targets [B, I, S, D] of the one answer that a dmd stage's predictor gives."""
+    return network(states, [targets], comparison.cosine)
 
 
 def _graph(desk: Desk, case: Case, step: ReplayStep, pairs: tuple[Tensor, Tensor]) -> dict[str, Callable[[], object]]:
@@ -77,22 +90,14 @@ def _profiled(desk: Desk, case: Case, function: Callable[[], object]) -> None:
     desk.write(case, ms=found.wall, launches=found.launches, idle_ms=found.kinds[GAPS])
 
 
-def heads(desk: Desk, recipe: schema.Recipe, case: Case) -> dict[str, Head]:
-    """Mean cosine of a predictor on states [N, S, dim] and targets [N, S, D]: in plain torch, and by our kernel."""
+def ways(desk: Desk, recipe: schema.Recipe, case: Case) -> dict[str, Way]:
+    """In plain torch, and by our kernels where they run; else their reason is a row."""
     arithmetic = PRESETS[recipe.foresight.preset]
-
-    def plain(network: Predictor, states: Tensor, targets: Tensor) -> Tensor:
-        return foresight_loss(network, states[None], targets[None], arithmetic)[1]
-
+    found = {"plain": Way(PLAIN, plain(arithmetic), torch.float32 if arithmetic.wide_fusion else desk.dtype)}
     if not desk.cuda:
-        desk.skip(replace(case, variant="fused head"), NO_CUDA)
-        return {"plain": plain}
-    from mirai_kernels.cosine_head.op import cosine_head
-
-    def fused(network: Predictor, states: Tensor, targets: Tensor) -> Tensor:
-        return cosine_head(network.hidden(states), network.projection.weight, targets)
-
-    return {"plain": plain, "fused": fused}
+        desk.skip(replace(case, variant="fused"), NO_CUDA)
+        return found
+    return found | {"fused": Way(token_ops.load(), comparing.load(arithmetic), desk.dtype)}
 
 
 def chosen(desk: Desk, recipe: schema.Recipe) -> tuple[str, Backends]:
@@ -102,12 +107,12 @@ def chosen(desk: Desk, recipe: schema.Recipe) -> tuple[str, Backends]:
     return choice.dense, choice.backends
 
 
-def predictor(desk: Desk, recipe: schema.Recipe, backends: Backends) -> Predictor:
+def predictor(desk: Desk, recipe: schema.Recipe, backends: Backends, ops: TokenOps) -> Predictor:
     """The recipe's, whole, with small normal numbers."""
     generator, gated = recipe.generator, PRESETS[recipe.foresight.preset].gated_predictor
     sizes = generator.dim, recipe.teacher.dim, generator.heads, recipe.foresight.predictor_blocks
     with torch.device(desk.device):
-        network = Predictor(*sizes, gated, backends).to(desk.dtype)
+        network = Predictor(*sizes, gated, backends, ops).to(desk.dtype)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
@@ -116,13 +121,13 @@ def predictor(desk: Desk, recipe: schema.Recipe, backends: Backends) -> Predicto
 
 
 def autograd_step(
-    network: Predictor, recipe: schema.Recipe, states: Tensor, targets: Tensor
+    network: Predictor, comparison: Comparison, states: Tensor, targets: Tensor
 ) -> Callable[[], Sequence[Tensor]]:
     """What phases.replay_update does of it: the loss, and its gradient by the parameters."""
-    parameters, arithmetic = list(network.parameters()), PRESETS[recipe.foresight.preset]
+    parameters = list(network.parameters())
 
     def run() -> Sequence[Tensor]:
-        return torch.autograd.grad(foresight_loss(network, states, targets, arithmetic)[0], parameters)
+        return torch.autograd.grad(foresight_loss(network, states, [targets], comparison)[0], parameters)
 
     return run
 

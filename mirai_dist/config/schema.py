@@ -315,7 +315,10 @@ class Parallel:
     unit: str = key("block", help="what FSDP gathers at a time", choices=("block", "network"))
     reshard_after_forward: bool = key(True, help="free gathered parameters after each forward")
     recompute: str = key(
-        "block", help="block: keep only block inputs for backward; none: keep everything", choices=("block", "none")
+        "block",
+        help="block: keep only block inputs for backward; selective: and what attention gave, which is not computed "
+        "again; none: keep everything",
+        choices=("block", "selective", "none"),
     )
     sync_every_micro_batch: bool = key(
         False, help="reduce gradients after each micro-batch (less memory) or the last one only"
@@ -340,8 +343,9 @@ class Parallel:
     )
     kernels: str = key(
         "auto",
-        help="what computes norms, rotary positions and gates, and joins attention's parts; fused: Triton kernels that "
-        "move each tensor once; auto: those, where they are found exact on this machine, which CPUs cannot run",
+        help="what computes norms, rotary positions, gates and the foresight head, and joins attention's parts; fused: "
+        "Triton kernels that move each tensor once; auto: those, where they are found exact on this machine, which "
+        "CPUs cannot run",
         choices=("auto", "reference", "fused"),
     )
     certificates: str = key(

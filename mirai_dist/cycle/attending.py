@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mirai_dist.attention.patterns import Backends
-from mirai_dist.attention.select import Choice, Need, Unavailable, select
+from mirai_dist.attention.select import FLEX, Choice, Need, Unavailable, select
 from mirai_dist.config import RecipeError, schema
 from mirai_dist.cycle.certified import (
     MAKE,
@@ -19,6 +19,9 @@ from mirai_dist.cycle.certified import (
     require_attention,
 )
 from mirai_dist.cycle.fusing import fusing_of
+
+# Backends whose calls torch's dispatcher sees (parallel/recompute.py).
+SEEN = ("cudnn", "sdpa", "sdpa-flash", "sdpa-efficient", "flash-2")
 
 
 def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = True) -> Choice:
@@ -41,7 +44,20 @@ def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = Tr
         choice = _selected(recipe, replace(need, no_kernels=reason))
     if trained:
         require_attention(recipe, device, choice)
+        _check_kept(recipe, choice)
     return choice
+
+
+def _check_kept(recipe: schema.Recipe, choice: Choice) -> None:
+    """RecipeError where selective recomputation would not see the attention that it is to keep."""
+    if recipe.parallel.recompute != "selective":
+        return
+    by_rule = any(stage.kind not in ("bidirectional", "dmd") for stage in recipe.stages.values())
+    unseen = [choice.dense] * (choice.dense not in SEEN)
+    unseen += [choice.segments] * (choice.segments == FLEX.name and by_rule)
+    if unseen:
+        what = f"selective keeps what attention by {', '.join(SEEN)} gives; that of {' and '.join(unseen)} is unseen"
+        raise RecipeError("parallel.recompute", f"{what}; use block, or name others in attention and segment_attention")
 
 
 def _selected(recipe: schema.Recipe, need: Need) -> Choice:

@@ -11,7 +11,8 @@ What lasts, for a network of P parameters over S shards (each parameter's first 
 
 What a phase adds, with c bytes a value in the compute dtype and w in at least fp32, N tokens, d and f the widths:
 
-    kept         recomputed blocks keep their input, N d c; other blocks what backward reads,
+    kept         recomputed blocks keep their input, N d c, and if attention's output is kept, N (d c + 4 h) more, for h
+                 heads; other blocks what backward reads,
                  N (d (19 c + 3 w) + 2 f c) and the keys that a segment saw, 2 K d c
     working      a forward without gradient: N (11 d + 2 f) c at the feed-forward; a segment's with gradient also 2 K d
                  c for keys with a past, and its own keys of all blocks;
@@ -231,7 +232,7 @@ class _Ledger:
             return {}
         recipe, compute, rows = self.recipe, BYTES[self.recipe.parallel.compute_dtype], found[0].batch * found[0].tokens
         wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
-        targets = rows * found[0].answers * recipe.teacher.dim
+        targets = found[0].tokens * sum(found[0].answers) * recipe.teacher.dim
         if phase == "encoder":
             return {("features", "predictor"): targets * wide}
         compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
@@ -249,6 +250,9 @@ class _Ledger:
         plan = self.networks[each.role].plan
         block = each.batch * each.tokens * network_of(each.role, self.recipe).dim * BYTES[plan.compute_dtype]
         inside = block if plan.recompute else block_kept(self.recipe, each)
+        if plan.keep_attention:
+            attended = block + each.batch * each.tokens * network_of(each.role, self.recipe).heads * WIDE
+            inside += attended * (2 if self.recipe.text.length >= each.tokens else 1)
         leaked = 2 * block * sum(keys for _, keys in each.attention) // each.tokens if self._leaks(each) else 0
         return each.blocks * (inside + leaked) + outer_kept(self.recipe, each)
 
@@ -276,7 +280,7 @@ class _Ledger:
         compute = BYTES[self.recipe.parallel.compute_dtype]
         rows = each.batch * each.tokens
         if each.role == "predictor":
-            return rows * each.answers * self.recipe.teacher.dim * WIDE * 2
+            return each.tokens * sum(each.answers) * self.recipe.teacher.dim * WIDE * 2
         network = network_of(each.role, self.recipe)
         again = block_kept(self.recipe, each) if self.networks[each.role].plan.recompute else 0
         return again + rows * (3 * network.dim + network.ffn_dim) * compute
@@ -315,9 +319,10 @@ def kv_cache(recipe: Recipe, batch: int, frames: int) -> int:
 
 def replay_pair(recipe: Recipe) -> int:
     """Bytes of the (state, target) pairs of one sample: states in the compute dtype, targets in fp32 where the preset
-    fuses them in it."""
+    fuses them in it, but for parallel.kernels=fused, whose unit vectors are in the compute dtype."""
     video, compute = recipe.video, BYTES[recipe.parallel.compute_dtype]
-    wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
+    is_wide = PRESETS[recipe.foresight.preset].wide_fusion and recipe.parallel.kernels != "fused"
+    wide = WIDE if is_wide else compute
     supervised = len(supervised_segments(video.latent_frames // video.frames_per_segment, recipe.foresight.offsets))
     tokens = supervised * video.frames_per_segment * frame_tokens(recipe)
     return tokens * (recipe.generator.dim * compute + recipe.teacher.dim * wide)

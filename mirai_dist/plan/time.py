@@ -60,9 +60,9 @@ def of_update(
     recipe: Recipe, update: Update, moved: traffic.Traffic, sharded: dict[str, traffic.Sharded], machine: Machine
 ) -> dict[str, Seconds]:
     """Seconds of each phase of one update, all micro-batches."""
-    recomputed = recipe.parallel.recompute == "block"
+    recomputed = recipe.parallel.recompute != "none"
     found: dict[str, float] = {}
-    for phase, counted in flops.of_update(recipe, update, recomputed).items():
+    for phase, counted in flops.of_update(recipe, update).items():
         backward = phase == "backward"
         phase = "backward" if phase == "recompute" else phase
         found[phase] = found.get(phase, 0.0) + _computing(counted, machine.gpu, backward)
@@ -105,7 +105,8 @@ def elementwise(recipe: Recipe, each: Pass) -> float:
         return rows * each.blocks * recipe.text.dim * 40.0
     if each.role == "predictor":
         dim = recipe.generator.dim
-        return scale * rows * (each.blocks * dim * (70 + 16) + 20 * each.answers * recipe.teacher.dim)
+        compared = each.tokens * sum(each.answers)
+        return scale * (rows * each.blocks * dim * (70 + 16) + 20 * compared * recipe.teacher.dim)
     network = network_of(each.role, recipe)
     past = 8 * each.batch * each.past * network.dim  # keys and values are put behind those of the past
     return scale * each.blocks * (rows * (ELEMENTWISE * network.dim + 4 * network.ffn_dim) + past)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,13 +271,14 @@ def test_a_recorded_part_is_read_back(tmp_path: Path) -> None:
 def test_a_replay_that_leaves_other_numbers_is_seen(tmp_path: Path) -> None:
     desk, recipe = Desk("replay", tmp_path, 100.0, rehearsal=True), job(*SMALL).recipe
     desk.dtype = torch.float32
-    network = replay.predictor(desk, recipe, replay.chosen(desk, recipe)[1])
+    way = replay.ways(desk, recipe, replay.Case("replay step", "", ""))["plain"]
+    network = replay.predictor(desk, recipe, replay.chosen(desk, recipe)[1], way.ops)
     states, targets = desk.drawn(1, 3, 8, recipe.generator.dim), desk.drawn(1, 3, 8, recipe.teacher.dim)
-    cosine_of = replay.heads(desk, recipe, replay.Case("replay step", "", ""))["plain"]
-    step = ReplayStep(lambda *pairs: cosine_of(network, *pairs), list(network.parameters()), states, targets)
+    cosine_of = partial(replay.mean_cosine, network, way.comparison)
+    step = ReplayStep(cosine_of, list(network.parameters()), states, targets)
     assert replay.replayed_difference(step, step, (states, targets)) == 0.0
     assert replay.replayed_difference(step, lambda: None, (states, targets)) > replay.CLOSE
-    plain = replay.autograd_step(network, recipe, states, -targets)()
+    plain = replay.autograd_step(network, way.comparison, states, -targets)()
     step()
     for mine, other in zip(step.gradients, plain, strict=True):
         torch.testing.assert_close(mine, other)

@@ -50,7 +50,7 @@ def test_networks_are_told_by_their_plans() -> None:
     networks = used("parallel.unit=block", "parallel.compute_dtype=bfloat16", "parallel.recompute=block",
                     "parallel.reshard_after_forward=true")["networks"]
     trained = {"storage": "float32", "compute": "bfloat16", "reduce": "float32", "units": 3,
-               "reshard after forward": True, "recomputed blocks": 2}
+               "reshard after forward": True, "recomputed blocks": 2, "attention is kept": False}
     assert networks["generator"] == networks["critic"] == trained
     assert networks["teacher and foresight encoder"] == trained | {"storage": "bfloat16", "recomputed blocks": 0}
     assert networks["predictor"] == trained | {"units": 1, "reshard after forward": False, "recomputed blocks": 0}

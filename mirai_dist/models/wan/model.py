@@ -93,13 +93,6 @@ class Attention(nn.Module):
         self.norm_q = RmsNorm(dim)
         self.norm_k = RmsNorm(dim)
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys = self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1))
-        return keys, self.v(x).unflatten(-1, (self.heads, -1))
-
     def output(self, attended: Tensor) -> Tensor:
         return self.o(attended.flatten(-2))
 
@@ -142,7 +135,7 @@ class WanBlock(nn.Module):
         attended, own = self._attend(normed, inputs, held)
         x, normed = self.ops.added_normed(x, self.self_attn.output(attended), gate_a, self.norm3)
         if text_keys_values is None:
-            text_keys_values = self.cross_attn.keys_values(inputs.text)
+            text_keys_values = self.ops.keys_values(self.cross_attn, inputs.text)
         attended = self.backends.dense(self.ops.queries(self.cross_attn, normed), *text_keys_values)
         x, normed = self.ops.added_modulated(x, self.cross_attn.output(attended), scale_f, shift_f)
         x = self.ops.added(x, self.ffn(normed), gate_f)
