@@ -4,6 +4,8 @@ parallel.certificates   fused kernels without one             attention without 
 ignore                  taken; the probe at the start decides  taken; the probe decides
 prefer                  not taken by auto, refused by name     taken, with a warning; what failed is not
 require                 refused                                refused
+
+Certificates are of GPUs. On a CPU the fused kernels run in Triton's interpreter, for checks: there the probe decides.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def failed_backends(recipe: schema.Recipe, device: torch.device) -> frozenset[st
 
 def lacking_kernels(recipe: schema.Recipe, device: torch.device) -> str:
     """Why the fused kernels may not be taken; empty: they may."""
-    if recipe.parallel.certificates == "ignore":
+    if recipe.parallel.certificates == "ignore" or device.type == "cpu":
         return ""
     return certificate.lacking(recipe, device.type, TOKENS, "fused", shapes_of(recipe).tokens)
 

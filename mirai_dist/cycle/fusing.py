@@ -31,13 +31,19 @@ class Fusing:
 
 
 def fusing_of(recipe: schema.Recipe, device: torch.device) -> Fusing:
-    """The choice for all networks of a recipe. Raises RecipeError where `parallel.kernels` names what cannot serve."""
+    """The choice for all networks of a recipe. Raises RecipeError where `parallel.kernels` names what cannot serve.
+
+    A CPU runs the kernels in Triton's interpreter alone, and only where they are named: it is for checks, and slow.
+    """
     asked = recipe.parallel.kernels
     if asked == "reference":
         return Fusing(PLAIN, asked)
     networks = (recipe.teacher, recipe.generator, recipe.critic)
     shapes = tuple(sorted({(network.dim, network.heads) for network in networks}))
-    found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes)
+    if device.type == "cpu" and not (asked == "fused" and _interpreted()):
+        found = Fusing(PLAIN, "reference", "run on GPUs")
+    else:
+        found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes)
     uncertified = "" if found.reason else lacking_kernels(recipe, device)
     if uncertified:
         found = Fusing(PLAIN, "reference", f"{uncertified}; {MAKE}")
@@ -53,17 +59,25 @@ def ops_of(recipe: schema.Recipe, device: torch.device) -> TokenOps:
     return fusing_of(recipe, device).ops
 
 
+def _interpreted() -> bool:
+    """Whether this process interprets Triton's kernels (TRITON_INTERPRET=1 when triton was imported)."""
+    try:
+        from triton import knobs
+    except ModuleNotFoundError:
+        return False
+    return knobs.runtime.interpret
+
+
 @lru_cache
 def _fused(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Fusing:
     """The fused kernels if they are exact here, else plain torch and why. Probed once a process."""
-    if device == "cpu":
-        return Fusing(PLAIN, "reference", "run on GPUs")
     try:
         ops = load()
     except ModuleNotFoundError as error:
         return Fusing(PLAIN, "reference", f"need the package {error.name}")
     for dim, heads in shapes:
-        error = largest_error(ops, dim, heads, torch.device(device), dtype)
+        with torch.device("cpu"):  # whoever asks may be building a network on the meta device
+            error = largest_error(ops, dim, heads, torch.device(device), dtype)
         if not error <= BOUNDS[dtype]:
             return Fusing(PLAIN, "reference", f"are {error:.1e} from exact at {dim} channels, {heads} heads")
     return Fusing(ops, "fused")
