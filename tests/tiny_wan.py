@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from mirai_dist.models.wan import WanModel, WanShape
+from mirai_dist.models.wan import Held, KVCache, WanModel, WanShape
 
 # heads of 20 channels rotate 8 with time, 6 with height, 6 with width: uneven, as 44, 42, 42 are
 SHAPE = WanShape(dim=40, ffn_dim=48, heads=2, blocks=3, text_dim=10, channels=4, freq_dim=16)
@@ -51,6 +53,28 @@ def prompts(seed: int, batch: int, dtype: torch.dtype = torch.float64) -> Tensor
     text = torch.randn(batch, TEXT_LENGTH, SHAPE.text_dim, generator=generator(seed), dtype=torch.float64)
     text[:, -2:] = 0
     return text.to(dtype)
+
+
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+def held(keys_values: KeysValues | None) -> tuple[Held, ...] | None:
+    """Keys and values, a pair a block, as what a segment sees of a cache."""
+    return None if keys_values is None else tuple(Held(k, v, (0, k.shape[1])) for k, v in keys_values)
+
+
+def fill_room(views: Sequence[Held], keys_values: KeysValues) -> None:
+    """Write one segment's keys and values into the room that each block's view has."""
+    for view, own in zip(views, keys_values, strict=True):
+        for slots, tensor in zip(zip(*view.slots(), strict=True), own, strict=True):
+            for slot, tokens in zip(slots, tensor.split([each.shape[1] for each in slots], dim=1), strict=True):
+                slot.copy_(tokens)
+
+
+def write(cache: KVCache, keys_values: KeysValues) -> None:
+    """As a context pass does: into the room, and that is kept."""
+    fill_room(cache.view(room=keys_values[0][0].shape[1] // cache.shape.tokens_per_frame), keys_values)
+    cache.keep()
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ def _bytes(x: Tensor) -> int:
 def moved(arithmetic: str, ops: TokenOps, model: str) -> Moved:
     """One bidirectional block over a whole 480p video of 81 frames, in the default dtype."""
     shape = MODELS[model]
-    block = WanBlock(shape, TORCH.dense, ops)
+    block = WanBlock(shape, TORCH, ops)
     x, modulation, text = (
         torch.empty(1, *size, shape.dim, requires_grad=True) for size in ((TOKENS,), (GRID[0], 6), (TEXT,))
     )

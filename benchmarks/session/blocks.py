@@ -20,6 +20,7 @@ from mirai_dist.attention.select import Need, select
 from mirai_dist.certify.shapes import Tokens
 from mirai_dist.certify.subjects import token_inputs, token_operators
 from mirai_dist.models.wan.keys import WanShape
+from mirai_dist.models.wan.kv_cache import Held
 from mirai_dist.models.wan.model import BlockInputs, WanBlock
 from mirai_dist.models.wan.token_ops import PLAIN, Placement, TokenOps, load
 
@@ -173,25 +174,26 @@ def block(desk: Desk, each: Pass, ops: TokenOps, backends: Backends) -> Callable
     """One block's part of a pass, as a network would call it: with gradient it is recomputed in backward."""
     shape = each.shape
     with torch.device(desk.device):
-        network = WanBlock(shape, backends.dense, ops).to(desk.dtype)
+        network = WanBlock(shape, backends, ops).to(desk.dtype)
     x = desk.drawn(each.batch, each.tokens, shape.dim)
     modulation, text = desk.drawn(each.batch, 1, 6, shape.dim), desk.drawn(each.batch, each.text, shape.dim)
     head_dim = shape.dim // shape.heads
     rows = each.grid[1] * each.grid[2]
     places = ops.place(Placement(each.grid, each.past // rows), head_dim, x)
     inputs = BlockInputs(modulation, places, backends.dense, text)
-    kept = (desk.drawn(each.batch, each.past, shape.heads, head_dim) for _ in range(2))
-    past: Any = tuple(kept) if each.past else None
+    cache = (desk.drawn(each.batch, each.past + each.tokens, shape.heads, head_dim) for _ in range(2))
+    room = () if each.gradient else (each.past, each.past + each.tokens)
+    held = Held(*cache, (0, each.past), room) if each.past else None
     if each.gradient:
         leaves = [x.requires_grad_(), *network.parameters()]
         run = lambda: torch.utils.checkpoint.checkpoint(
-            lambda x: network(x, inputs, past)[0], x, use_reentrant=False, preserve_rng_state=False
+            lambda x: network(x, inputs, held)[0], x, use_reentrant=False, preserve_rng_state=False
         )
         return lambda: torch.autograd.grad(run(), leaves, x.detach())
 
     def forward() -> object:
         with torch.no_grad():
-            return network(x, inputs, past)[0]
+            return network(x, inputs, held)[0]
 
     return forward
 

@@ -1,4 +1,5 @@
-"""Which tokens see which: dense attention, and two rules over segments, by whatever backend the run has chosen.
+"""Which tokens see which: dense attention, two rules over segments, and one segment behind what a cache holds, by
+whatever backend the run has chosen.
 
 A rule over segments is a union of (queries of one segment) x (runs of keys), so it is exact as dense calls over
 segments with any backend of dense attention, and differentiable wherever that backend is: no mask is ever built.
@@ -38,6 +39,41 @@ class Segments(Protocol):
         Clean segments see clean segments up to their own and never anything noisy (spec 1.9, teacher forcing).
         """
         ...
+
+
+class Seen(Protocol):
+    """Keys and values of earlier segments where they lie (mirai_dist.models.wan.kv_cache.Held).
+
+    keys, values: [B, capacity, heads, head_dim]. past: runs of tokens that are seen, first, end, a pair a run. runs:
+    the same with the segment's own, where these lie there too, joined where they touch.
+    """
+
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def past(self) -> tuple[int, ...]: ...
+    @property
+    def runs(self) -> tuple[int, ...]: ...
+    def together(self, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]: ...
+
+
+class Behind(Protocol):
+    """Attention of a segment's queries to what is seen of earlier ones and to its own keys and values, which lie beside
+    it, or (own None) there too."""
+
+    def __call__(self, q: Tensor, own: tuple[Tensor, Tensor] | None, seen: Seen) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Together:
+    """One dense call: on a view where all keys lie in one piece, else on a copy. Gradient reaches whatever has one."""
+
+    dense: Pattern = sdpa.dense
+
+    def __call__(self, q: Tensor, own: tuple[Tensor, Tensor] | None, seen: Seen) -> Tensor:
+        return self.dense(q, *seen.together(own))
 
 
 @dataclass(frozen=True)
@@ -87,10 +123,16 @@ class BySegment:
 
 @dataclass(frozen=True)
 class Backends:
-    """What a network attends with: dense calls, and rules over segments."""
+    """What a network attends with: dense calls, rules over segments, and a segment behind others in a cache."""
 
     dense: Pattern
     segments: Segments
+    behind: Behind
 
 
-TORCH = Backends(sdpa.dense, BySegment())  # works everywhere
+def by_dense(dense: Pattern) -> Backends:
+    """Everything by calls of one backend of dense attention."""
+    return Backends(dense, BySegment(dense), Together(dense))
+
+
+TORCH = by_dense(sdpa.dense)  # works everywhere

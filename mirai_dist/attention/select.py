@@ -8,7 +8,7 @@ fails is refused, with the reason. Nothing falls back: a backend asked for by na
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mirai_dist.attention import flash, flex, sdpa, xformers
-from mirai_dist.attention.patterns import Backends, BySegment, Pattern, Segments
+from mirai_dist.attention.patterns import Backends, Pattern, Segments, by_dense
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from mirai_kernels.segment_prefix_attention.reference import (
     masked_attention,
@@ -141,13 +141,13 @@ def select(dense: str, segments: str, need: Need) -> Choice:
     if segments == AUTO:
         wanted = BY_SEGMENT if need.device == "cpu" or found.name in _FASTER_THAN_FLEX else FLEX.name
     if wanted == BY_SEGMENT:
-        return Choice(Backends(found.backend, BySegment(found.backend)), found.name, BY_SEGMENT, found.refused)
+        return Choice(by_dense(found.backend), found.name, BY_SEGMENT, found.refused)
     whole = first_that_serves([FLEX], need, probe_segments)
     refused = (*found.refused, *whole.refused)
     if whole.backend is not None:
-        return Choice(Backends(found.backend, whole.backend), found.name, whole.name, refused)
+        return Choice(replace(by_dense(found.backend), segments=whole.backend), found.name, whole.name, refused)
     if segments == AUTO:
-        return Choice(Backends(found.backend, BySegment(found.backend)), found.name, BY_SEGMENT, refused)
+        return Choice(by_dense(found.backend), found.name, BY_SEGMENT, refused)
     raise Unavailable("segment_attention", _refusal(segments, whole, [BY_SEGMENT]))
 
 

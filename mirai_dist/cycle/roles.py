@@ -173,7 +173,7 @@ def rollout_settings(recipe: schema.Recipe) -> RolloutSettings:
 
 
 def kv_cache(recipe: schema.Recipe, batch: int, frames: int, device: torch.device, streaming: bool = False) -> KVCache:
-    """A cache for rollouts of `frames` latent frames.
+    """A cache for rollouts of `frames` latent frames, with room for the segment that runs.
 
     A streaming cache holds the window alone and overwrites what leaves it; one for training holds every frame
     and shows the window, because recomputation in backward reads what each segment saw.
@@ -185,7 +185,8 @@ def kv_cache(recipe: schema.Recipe, batch: int, frames: int, device: torch.devic
     shape = CacheShape(
         network.blocks,
         batch,
-        max(held, segment),
+        held,
+        segment,
         tokens,
         network.heads,
         network.dim // network.heads,

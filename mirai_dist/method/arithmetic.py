@@ -51,18 +51,11 @@ def kept_frames(total: int, trained: int, per_segment: int, window: int, sink: i
     """Latent frames a cache must hold for rollouts of `total` frames with gradient on the last `trained` ones.
 
     window: past frames a segment sees, 0 for all; sink: how many of them are the video's first. Segments with a graph
-    see the last trained - per_segment + window frames, so a ring of those loses nothing that backward reads. It is
-    made larger where they would not lie in one piece: each segment would be shown a copy, which lives until its
-    backward. With sinks that move there is a copy anyway, and where the window is the sinks alone, no ring.
+    see the last trained - per_segment + window frames, so a ring of those loses nothing that backward reads; they are
+    read where they lie, in one piece or two. Where the window is the sinks alone there is no ring.
     """
     every, seen = total - per_segment, trained - per_segment + window
-    if not window or window == sink or seen >= every:
-        return every
-    if sink:
-        return seen
-    before = total - trained - window  # frames that no segment with a graph sees
-    whole = (held for held in range(seen, every, per_segment) if before % held + seen <= held)
-    return next(whole, every)
+    return every if not window or window == sink else min(seen, every)
 
 
 def outputs_of_predictor(fusion: str, offsets: Sequence[int]) -> int:

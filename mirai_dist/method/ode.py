@@ -82,14 +82,15 @@ def sample(
     text = torch.cat((prompts.text, prompts.negative.expand_as(prompts.text)))
     made: list[Tensor] = []
     cache.reset()
-    past = Past(cache.view(), None, 0)
+    past = Past((), None, 0)
     for first in range(0, total, frames):
-        past = past._replace(keys_values=cache.view(), first_frame=first)
+        past = past._replace(held=cache.view(room=frames), first_frame=first)
         found, past = _integrated(network, settings, (noise[:, first : first + frames].to(wide), text), past)
         made.append(found[:, -1])
         if first + frames < total:  # nobody reads the last segment's cache
             zero = torch.zeros(2 * noise.shape[0], device=noise.device, dtype=wide)
-            cache.write(network(_twice(made[-1]), zero, text, past, 0).keys_values)
+            network(_twice(made[-1]), zero, text, past, 0)
+            cache.keep()
     return torch.cat(made, dim=1)
 
 
@@ -114,14 +115,15 @@ def trajectories(network: SegmentNetwork, settings: Integration, inputs: Traject
     states = torch.empty(shape, dtype=wide, device=noise.device)
     states[:, -1] = clean
     cache.reset()
-    past = Past(cache.view(), None, 0)
+    past = Past((), None, 0)
     for first in range(0, total, frames):
         own = slice(first, first + frames)
-        past = past._replace(keys_values=cache.view(), first_frame=first)
+        past = past._replace(held=cache.view(room=frames), first_frame=first)
         states[:, :-1, own], past = _integrated(network, settings, (noise[:, own].to(wide), text), past)
         if first + frames < total:  # nobody reads the last segment's cache
             zero = torch.zeros(2 * noise.shape[0], device=noise.device, dtype=wide)
-            cache.write(network(_twice(clean[:, own]), zero, text, past, 0).keys_values)
+            network(_twice(clean[:, own]), zero, text, past, 0)
+            cache.keep()
     return states
 
 

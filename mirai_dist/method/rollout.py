@@ -9,8 +9,9 @@
 The first segment has nothing to attend to and may have a longer step list of its own. A rollout may be longer than
 what is trained: its segments before `gradient_from` have no graph, and `scored_clip` is what the scores see of it.
 
-Denoising passes read the cache and return their keys and values without writing them: only the context pass's
-are kept. So recomputation in backward repeats no write, in whatever order backward visits the segments.
+Passes without gradient write their keys and values into the cache's room for the segment, one over the other: what
+the context pass leaves is kept. The pass with gradient writes nothing, and reads nothing that is written later. So
+recomputation in backward repeats no write, in whatever order backward visits the segments.
 (Self-Forcing section 3; spec 3.4 and its "order hazard".)
 """
 
@@ -30,7 +31,7 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
 
 class SegmentOutput(Protocol):
-    """What a causal network returns for one segment."""
+    """What a causal network returns for one segment; keys_values: its own, if it was given no room to write them."""
 
     @property
     def velocity(self) -> Tensor | None: ...
@@ -43,9 +44,10 @@ class SegmentOutput(Protocol):
 
 
 class Past(NamedTuple):
-    """What a segment attends to beside itself: keys and values a block, cached text keys and values, its place."""
+    """What a segment attends to beside itself, and where it writes itself, for each block (mirai_dist.models.wan.Held);
+    cached text keys and values; its place."""
 
-    keys_values: KeysValues
+    held: tuple[Any, ...]
     text_keys_values: KeysValues | None
     first_frame: int
 
@@ -60,10 +62,10 @@ class Cache(Protocol):
     """Where context passes leave their keys and values (mirai_dist.models.wan.KVCache)."""
 
     def reset(self) -> None: ...
-    def view(self) -> KeysValues: ...
+    def view(self, room: int = 0) -> tuple[Any, ...]: ...
+    def keep(self) -> None: ...
     def visible_frames(self) -> list[int]: ...
-    def placed(self, keys_values: KeysValues) -> KeysValues: ...
-    def write(self, keys_values: KeysValues) -> None: ...
+    def placed(self, keys_values: KeysValues) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -163,22 +165,27 @@ def segments(
         if len(noise) != settings.noises:
             raise ValueError(f"{len(noise)} noises of frame {first}, where the step lists need {settings.noises}")
         with_gradient = torch.is_grad_enabled() and first >= inputs.gradient_from
-        held = cache.placed(_joined(leaked, cache.visible_frames(), frames)) if leaked else cache.view()
-        past = Past(held, text_keys_values, first)
+        seen = cache.view() if with_gradient else None
+        if leaked and with_gradient:
+            seen = cache.placed(_joined(leaked, cache.visible_frames(), frames))
+        past = Past(cache.view(room=frames), text_keys_values, first)
         if first < given:
             assert inputs.given is not None
-            clean, output = inputs.given[:, first : first + frames], None
+            clean, own = inputs.given[:, first : first + frames], None
         else:
             with torch.set_grad_enabled(with_gradient):
-                clean, output, past = _denoised(generator, settings, inputs, past, noise)
-            yield Segment(clean, output.hidden)
+                clean, output, past = _denoised(generator, settings, inputs, past, seen, noise)
+            state, own = output.hidden, output.keys_values if settings.leaky else None
+            del output  # and with it the keys and values of all blocks
+            yield Segment(clean, state)
         if first + frames < total:  # nobody reads the last segment's cache
-            context, text_keys_values = _context_pass(generator, settings, inputs, past, (clean.detach(), noise[-1]))
-            cache.write(context)
+            text_keys_values = _context_pass(generator, settings, inputs, past, (clean.detach(), noise[-1]))
             if settings.leaky and torch.is_grad_enabled():
-                leaked[first] = _straight_through(context, output.keys_values) if output and with_gradient else context
-                seen = {frame - frame % frames for frame in cache.visible_frames()}
-                leaked = {start: each for start, each in leaked.items() if start in seen}
+                context = _written(past.held)
+                leaked[first] = _straight_through(context, own) if own is not None else context
+            cache.keep()
+            visible = {frame - frame % frames for frame in cache.visible_frames()}
+            leaked = {start: each for start, each in leaked.items() if start in visible}
         if first < given:
             yield Segment(clean, None)
 
@@ -205,10 +212,15 @@ def _schedule(settings: RolloutSettings, inputs: RolloutInputs, first: int) -> t
 
 
 def _denoised(
-    generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, past: Past, noise: Tensor
+    generator: SegmentNetwork,
+    settings: RolloutSettings,
+    inputs: RolloutInputs,
+    past: Past,
+    seen: tuple[Any, ...] | None,
+    noise: Tensor,
 ) -> tuple[Tensor, SegmentOutput, Past]:
     """A segment from its noise [settings.noises, B, frames, C, H, W]: x0, the exit pass's output, past with cached
-    text."""
+    text. seen: what the exit pass reads if it has a graph, and so must not write."""
     timesteps, exit_step = _schedule(settings, inputs, past.first_frame)
     noisy = noise[0]
     with torch.no_grad():
@@ -220,7 +232,7 @@ def _denoised(
     # the text's keys and values carry gradient in a gradient pass, so that pass computes its own
     text_cache = None if torch.is_grad_enabled() else past.text_keys_values
     capture = inputs.capture if past.first_frame >= inputs.gradient_from else 0
-    exit_past = past._replace(text_keys_values=text_cache)
+    exit_past = past._replace(held=past.held if seen is None else seen, text_keys_values=text_cache)
     output = generator(noisy, _at(timesteps[exit_step], noisy), inputs.text, exit_past, capture)
     return _clean(output, noisy, timesteps[exit_step]), output, past
 
@@ -270,13 +282,12 @@ def scored_clip(
 @torch.no_grad()
 def _context_pass(
     generator: SegmentNetwork, settings: RolloutSettings, inputs: RolloutInputs, past: Past, own: tuple[Tensor, Tensor]
-) -> tuple[KeysValues, KeysValues]:
-    """Keys and values of a finished segment, and the text's; own: its clean latents and noise, [B, frames, C, H, W]."""
+) -> KeysValues:
+    """Write the keys and values of a finished segment; returns the text's. own: its clean latents and noise,
+    [B, frames, C, H, W]."""
     clean, noise = own
     timesteps = _at(settings.context_timestep, clean)
-    past = past._replace(keys_values=tuple((k.detach(), v.detach()) for k, v in past.keys_values))
-    output = generator(add_noise(clean, noise, timesteps), timesteps, inputs.text, past, 0)
-    return output.keys_values, output.text_keys_values
+    return generator(add_noise(clean, noise, timesteps), timesteps, inputs.text, past, 0).text_keys_values
 
 
 def _clean(output: SegmentOutput, noisy: Tensor, timestep: float) -> Tensor:
@@ -287,6 +298,12 @@ def _clean(output: SegmentOutput, noisy: Tensor, timestep: float) -> Tensor:
 def _at(timestep: float, latent: Tensor) -> Tensor:
     dtype = torch.promote_types(latent.dtype, torch.float32)
     return torch.full((latent.shape[0],), timestep, device=latent.device, dtype=dtype)
+
+
+def _written(held: tuple[Any, ...]) -> KeysValues:
+    """Copies of what lies in the room of each block."""
+    pieces = (zip(*each.slots(), strict=True) for each in held)
+    return tuple((torch.cat(keys, dim=1), torch.cat(values, dim=1)) for keys, values in pieces)
 
 
 def _straight_through(value: KeysValues, gradient: KeysValues) -> KeysValues:

@@ -4,8 +4,8 @@ What lasts, for a network of P parameters over S shards (each parameter's first 
 
     weights      P / S in the plan's storage dtype: fp32 masters where trained, the compute dtype where frozen
     moments      2 P / S in the same dtype              average      P / S fp32
-    KV cache     blocks x 2 x batch x (frames - a segment) x tokens x d, in the compute dtype; all frames of a training
-                 rollout, because recomputation reads what each segment saw
+    KV cache     blocks x 2 x batch x frames x tokens x d, in the compute dtype; all frames of a training rollout,
+                 because recomputation reads what each segment saw
     replay       (state, target) of every sample of the rank, counted on the device; a run short of memory keeps them in
                  the host's
 
@@ -13,7 +13,8 @@ What a phase adds, with c bytes a value in the compute dtype and w in at least f
 
     kept         recomputed blocks keep their input, N d c; other blocks what backward reads,
                  N (d (19 c + 3 w) + 2 f c) and the keys that a segment saw, 2 K d c
-    working      a forward without gradient: N (11 d + 2 f) c at the feed-forward, and 2 K d c for keys with a past;
+    working      a forward without gradient: N (11 d + 2 f) c at the feed-forward; a segment's with gradient also 2 K d
+                 c for keys with a past, and its own keys of all blocks;
                  backward of a recomputed block: what it recomputes, and N (3 d + f) c
     gathered     resharded units: the root and two blocks; else every network that ran, whole
     gradients    P / S fp32 once reduced; before that P fp32 where micro-batches are accumulated without reducing them;
@@ -265,9 +266,9 @@ class _Ledger:
         rows = each.batch * each.tokens
         segment = each.phase in ("rollout", "trajectories")
         values = rows * ((9 if segment else 11) * network.dim + 2 * network.ffn_dim)
-        if segment:
+        if segment and each.gradient:  # others read and write the cache where it lies
             keys = each.batch * sum(keys for _, keys in each.attention)
-            values += 2 * keys * network.dim + LIVE_OUTPUTS * 2 * each.blocks * rows * network.dim
+            values += 2 * keys * network.dim + 2 * each.blocks * rows * network.dim
         return values * compute
 
     def _working_back(self, each: Pass) -> int:
@@ -291,7 +292,6 @@ class _Ledger:
         yield ("working", "ar_teacher"), self._working(largest) * self.stage.batch.micro_size
 
 
-LIVE_OUTPUTS = 4  # keys and values of a segment that are alive: this pass's, the last one's, the exit's, the context's
 COMPARED = 3  # fp32 copies of the targets' size that a cosine keeps
 
 
@@ -307,9 +307,9 @@ def _passing(network: Sharded) -> int:
 
 
 def kv_cache(recipe: Recipe, batch: int, frames: int) -> int:
-    """Bytes of a cache of so many frames, at least a segment, for the generator's shape."""
+    """Bytes of a cache of so many past frames and room for a segment, for the generator's shape."""
     network, compute = recipe.generator, BYTES[recipe.parallel.compute_dtype]
-    held = max(frames, recipe.video.frames_per_segment)
+    held = frames + recipe.video.frames_per_segment
     return 2 * network.blocks * batch * held * frame_tokens(recipe) * network.dim * compute
 
 

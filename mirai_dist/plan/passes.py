@@ -272,12 +272,11 @@ def rollout_frames(recipe: Recipe) -> int:
 
 
 def rollout_cache_frames(recipe: Recipe) -> int:
-    """Frames that the KV cache of training rollouts holds: all but the last segment, or what backward reads."""
+    """Past frames that the KV cache of training rollouts holds: all but the last segment, or what backward reads."""
     video, settings = recipe.video, recipe.rollout
     length = video.frames_per_segment
     window = settings.window_frames - length if settings.window_frames else 0
-    kept = kept_frames(rollout_frames(recipe), video.latent_frames, length, window, settings.sink_frames)
-    return max(kept, length)
+    return kept_frames(rollout_frames(recipe), video.latent_frames, length, window, settings.sink_frames)
 
 
 def visible_frames(recipe: Recipe, written: int, held: int) -> int:
@@ -285,7 +284,7 @@ def visible_frames(recipe: Recipe, written: int, held: int) -> int:
     settings = recipe.rollout
     sink = settings.sink_frames
     window = settings.window_frames - recipe.video.frames_per_segment if settings.window_frames else 0
-    ring = held - sink
+    ring = max(0, held - sink)
     shown = min(ring, window - sink if window else ring)
     return min(sink, written) + written - max(written - shown, min(sink, written))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mirai_dist.attention import sdpa
-from mirai_dist.attention.patterns import Backends, BySegment, Pattern
+from mirai_dist.attention.patterns import BySegment, Pattern, by_dense
 from mirai_dist.method.replay import ReplayStep
 from mirai_dist.models.predictor import Predictor
 from tests.kernel_cases import assert_same_bits, drawn, relative, with_gradients
@@ -140,7 +140,7 @@ def test_teacher_forcing_of_two_segments(by: str) -> None:
 
 def replay_step(attend: Pattern, head: Callable[..., Tensor]) -> tuple[ReplayStep, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
-    network = Predictor(256, 320, heads=2, blocks=3, gated=False, backends=Backends(attend, BySegment(attend)))
+    network = Predictor(256, 320, heads=2, blocks=3, gated=False, backends=by_dense(attend))
     network.to(DEVICE, torch.bfloat16)
     pairs = [
         tuple(drawn(seed, 1, 6, FRAME, wide, dtype=torch.bfloat16, device=DEVICE) for wide in (256, 320))

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from mirai_dist.attention import sdpa
-from mirai_dist.attention.patterns import TORCH, Backends, BySegment
+from mirai_dist.attention.patterns import TORCH, by_dense
 from mirai_dist.attention.select import Choice
 from mirai_dist.config import RecipeError, load
 from mirai_dist.cycle import attending
@@ -23,11 +23,11 @@ def test_every_network_of_a_run_attends_with_what_the_recipe_names(threads) -> N
         networks = {role.name: role.network for role in vars(stage).values() if isinstance(role, Role)}
         assert networks.keys() == {"generator", "critic", "teacher", "predictor"}
         for name, network in networks.items():
-            found = [module.dense for module in network.modules() if hasattr(module, "dense")]
             blocks = list(network.get_submodule("blocks").children())
-            assert found == [sdpa.FLASH] * len(blocks), name
+            found = [block.dense if name == "predictor" else block.backends.dense for block in blocks]
+            assert found == [sdpa.FLASH] * len(blocks) and blocks, name
         for name in ("generator", "critic", "teacher"):
-            assert networks[name].backends == Backends(sdpa.FLASH, BySegment(sdpa.FLASH))
+            assert networks[name].backends == by_dense(sdpa.FLASH)
 
     with tiny.lively():
         threads(1)(body)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mirai_dist.attention import sdpa, select
-from mirai_dist.attention.patterns import TORCH, Backends, BySegment, Pattern
+from mirai_dist.attention.patterns import TORCH, Backends, BySegment, Pattern, Seen, Together, by_dense
 from mirai_dist.attention.select import Candidate, Need, Unavailable, first_that_serves
 from mirai_dist.config import RecipeError, load, schema
 from mirai_dist.cycle.attending import attention_of
 from mirai_dist.models.predictor import Predictor
-from mirai_dist.models.wan import Clean, WanModel, WanShape
+from mirai_dist.models.wan import Clean, Held, History, WanModel, WanShape
 
 TINY = Path(__file__).parents[1] / "procs" / "tiny.yaml"
 CPU = torch.device("cpu")
@@ -211,7 +211,7 @@ def test_the_choice_on_a_cpu() -> None:
         "refused": {"flash-2, xformers": "needs a CUDA device"},
     }
     named = select.select("sdpa-flash", "dense", NEED)
-    assert named.backends == Backends(sdpa.FLASH, BySegment(sdpa.FLASH)) and not named.refused
+    assert named.backends == by_dense(sdpa.FLASH) and not named.refused
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "xformers", "sdpa-efficient"])
@@ -261,7 +261,7 @@ class Noted:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int]] = []
-        self.backends = Backends(self.way("dense", sdpa.dense), self)
+        self.backends = Backends(self.way("dense", sdpa.dense), self, self.behind)
 
     def way(self, name: str, attend: Pattern) -> Pattern:
         def noted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -269,6 +269,10 @@ class Noted:
             return attend(q, k, v)
 
         return noted
+
+    def behind(self, q: Tensor, own: tuple[Tensor, Tensor] | None, seen: Seen) -> Tensor:
+        self.calls.append(("behind", q.shape[1], seen.keys.shape[1]))
+        return Together()(q, own, seen)
 
     def causal(self, segment_tokens: int) -> Pattern:
         return self.way(f"causal {segment_tokens}", BySegment().causal(segment_tokens))
@@ -290,6 +294,12 @@ def test_networks_attend_with_what_they_are_given() -> None:
         ("causal 12", 24, 24), ("dense", 24, 5),
         ("teacher-forced 12", 48, 48), ("dense", 48, 5),
     ]  # fmt: skip
+    noted.calls.clear()
+    past = tuple(Held(torch.randn(1, 40, 2, 12), torch.randn(1, 40, 2, 12), (0, 8), room) for room in ((), (8, 32)))
+    network(latent, time, text, history=History(past[:1], first_frame=1))
+    with torch.no_grad():
+        network(latent, time, text, history=History(past[1:], first_frame=1))
+    assert noted.calls == [("behind", 24, 40), ("dense", 24, 5)] * 2
     noted.calls.clear()
     Predictor(8, 6, heads=2, blocks=2, gated=False, backends=noted.backends)(torch.randn(1, 7, 8))
     assert noted.calls == [("dense", 7, 7)] * 2

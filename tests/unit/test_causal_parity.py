@@ -136,7 +136,7 @@ def test_sampling_is_the_plain_loop(folder: Path, segment: int) -> None:
     noise = torch.randn(shape, generator=draws, dtype=torch.float64)
     text = torch.randn(1, 5, SIZES.text_dim, generator=draws, dtype=torch.float64)
     width = SIZES.dim // SIZES.heads
-    shape_of_cache = CacheShape(SIZES.blocks, 1, FRAMES - segment, ROWS * COLUMNS, SIZES.heads, width)
+    shape_of_cache = CacheShape(SIZES.blocks, 1, FRAMES - segment, segment, ROWS * COLUMNS, SIZES.heads, width)
     cache = KVCache(shape_of_cache, torch.device("cpu"), torch.float64)
     settings = RolloutSettings(STEPS, segment)
     with torch.no_grad():

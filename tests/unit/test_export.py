@@ -34,6 +34,7 @@ from mirai_dist.weights.checksums import checksum, shown
 from mirai_dist.weights.export import StoredNetwork
 from tests.run_files import GENERATOR, RECIPE, TEACHER, Training, new_run, train
 from tests.tiny_wan import generator as draws
+from tests.tiny_wan import held
 
 MIB = 1 << 20
 REPOSITORY = Path(__file__).parents[2]
@@ -205,7 +206,7 @@ def segment_flops(network: WanModel) -> int:
     shape, tokens = network.shape, 4
     pair = torch.randn(1, 2 * tokens, shape.heads, shape.dim // shape.heads)
     text_pair = torch.randn(1, 6, shape.heads, shape.dim // shape.heads)
-    history = History(((pair, pair),) * shape.blocks, ((text_pair, text_pair),) * shape.blocks, first_frame=2)
+    history = History(held(((pair, pair),) * shape.blocks), ((text_pair, text_pair),) * shape.blocks, first_frame=2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.randn(1, 1, 16, 4, 4), torch.tensor([[500.0]]), torch.randn(1, 6, 7), history=history)
     return counter.get_total_flops()

@@ -167,7 +167,7 @@ class Step(nn.Module):
 
     def rollout(self) -> tuple[Tensor, list[Tensor]]:
         noise = torch.stack([latents(10 + i, 1, 6) for i in range(3)])
-        shape = CacheShape(SHAPE.blocks, 1, 4, TOKENS, SHAPE.heads, SHAPE.dim // SHAPE.heads)
+        shape = CacheShape(SHAPE.blocks, 1, 4, 2, TOKENS, SHAPE.heads, SHAPE.dim // SHAPE.heads)
         cache = KVCache(shape, torch.device("cpu"), torch.float64)
         settings = RolloutSettings((1000.0, 625.0), 2)
         return rollout(causal(self.generator), settings, RolloutInputs(noise, prompts(2, 1), 1, capture=2), cache)

@@ -18,13 +18,14 @@ from mirai_dist.models.wan.rope import rotary_table, rotate
 from mirai_dist.models.wan.token_ops import layer_norm, modulate, per_frame
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from tests import tiny_wan
+from tests.tiny_wan import fill_room, write
 
 BLOCKS, TOKENS, HEADS, WIDTH = 2, 2, 2, 8  # of the 8 channels of a head, 4 turn with time
 CPU = torch.device("cpu")
 
 
-def cache(frames: int, sink: int = 0, window: int = 0) -> KVCache:
-    return KVCache(CacheShape(BLOCKS, 1, frames, TOKENS, HEADS, WIDTH, sink, window), CPU, torch.float64)
+def cache(frames: int, room: int, sink: int = 0, window: int = 0) -> KVCache:
+    return KVCache(CacheShape(BLOCKS, 1, frames, room, TOKENS, HEADS, WIDTH, sink, window), CPU, torch.float64)
 
 
 def frame(index: int) -> KeysValues:
@@ -55,10 +56,15 @@ def spun(keys: Tensor, frames: int) -> Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones(4, dtype=torch.float64), angles)).flatten(-2)
 
 
-def shown(held: KVCache) -> list[int]:
+def together(held: KVCache, room: int = 0) -> KeysValues:
+    """All keys and values of past frames that the next segment sees."""
+    return tuple(each._replace(room=()).together(None) for each in held.view(room) if each.past)
+
+
+def shown(held: KVCache, room: int = 0) -> list[int]:
     """Frame indices in the order the cache shows them; every token and block must agree on them."""
-    seen = []
-    for _, values in held.view():
+    seen = [[]] * (not held.visible_frames())
+    for _, values in together(held, room):
         indices = values.mean(dim=(0, 2, 3)).round().to(torch.int64).view(-1, TOKENS)
         assert (indices == indices[:, :1]).all()
         seen.append(indices[:, 0].tolist())
@@ -79,7 +85,7 @@ class Plan:
     @property
     def frames(self) -> int:
         past = (self.segments - 1) * self.length
-        return max(min(self.window, past) if self.window and self.streaming else past, self.length)
+        return min(self.window, past) if self.window and self.streaming else past
 
     def visible(self, first: int) -> list[int]:
         """What the segment that starts at frame `first` may see: the sinks, and the newest frames of the window."""
@@ -104,63 +110,86 @@ def plans(draw: st.DrawFn) -> Plan:
 @settings(max_examples=150, deadline=None)
 @given(plan=plans())
 def test_a_segment_sees_the_frames_of_its_window(plan: Plan) -> None:
-    held = cache(plan.frames, plan.sink, plan.window)
+    held = cache(plan.frames, plan.length, plan.sink, plan.window)
+    room = plan.length if plan.streaming else 0
     for first in range(0, plan.length * plan.segments, plan.length):
-        assert sorted(shown(held)) == plan.visible(first)
+        assert sorted(shown(held, room)) == plan.visible(first)
         visible = joined(plan.visible(first), plan.later(first), plan.sink)
-        for (keys, values), (all_keys, all_values) in zip(held.view(), visible, strict=True):
+        for (keys, values), (all_keys, all_values) in zip(together(held, room), visible, strict=bool(first)):
             q, own = torch.ones(1, 1, HEADS, WIDTH, dtype=torch.float64), frame(first)[0]
             attended = chunk_attention(q, own, (keys, values))
             expected = chunk_attention(q, own, (all_keys, all_values))
             torch.testing.assert_close(attended, expected, rtol=0, atol=1e-12)
-        if first + plan.length < plan.length * plan.segments:
-            held.write(joined(list(range(first, first + plan.length))))
-            assert held.frames_written == first + plan.length
+        own = list(range(first, first + plan.length))
+        write(held, joined(own))
+        assert held.frames_written == first + plan.length
 
 
-def test_keys_are_shown_without_a_copy_while_a_ring_fills_and_when_it_is_full() -> None:
-    held = cache(4, sink=1, window=4)
+@settings(max_examples=100, deadline=None)
+@given(plan=plans())
+def test_what_a_pass_writes_it_sees_beside_what_came_before(plan: Plan) -> None:
+    """In as few runs as it lies in, and never over a frame that it sees."""
+    held = cache(plan.frames, plan.length, plan.sink, plan.window)
+    for first in range(0, plan.length * plan.segments, plan.length):
+        own = joined(list(range(first, first + plan.length)))
+        visible = joined(plan.visible(first), plan.later(first), plan.sink)
+        views = held.view(room=plan.length)
+        fill_room(views, own)
+        for view, written, before in zip(views, own, visible, strict=True):
+            expected = torch.cat((before[0], written[0]), 1), torch.cat((before[1], written[1]), 1)
+            q = torch.ones(1, 1, HEADS, WIDTH, dtype=torch.float64)
+            found = chunk_attention(q, view.together(None))
+            torch.testing.assert_close(found, chunk_attention(q, expected), rtol=0, atol=1e-12)
+            assert len(view.runs) <= 6 and view.runs == tuple(sorted(set(view.runs)))
+        held.keep()
+
+
+def test_nothing_is_copied_while_a_ring_fills_and_when_it_is_full() -> None:
+    held = cache(4, 1, sink=1, window=4)
     start, size = held._store.data_ptr(), held._store.nbytes
     for index, expected in enumerate([[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 2, 3, 4], [0, 3, 4, 5], [0, 4, 5, 6]]):
-        held.write(frame(index))
-        assert sorted(shown(held)) == expected
-        assert all(start <= part.data_ptr() < start + size for pair in held.view() for part in pair)
+        write(held, frame(index))
+        assert sorted(shown(held, room=1)) == expected
+        for view in held.view(room=1):
+            pieces = [view.keys, view.values, *(part for slot in view.slots() for part in slot)]
+            assert all(start <= part.data_ptr() < start + size for part in pieces)
+            seen = view.together(None)[0]
+            assert view.runs == (0, seen.shape[1])  # one piece, room and all
+            assert start <= seen.data_ptr() < start + size
 
 
 def test_reset_forgets() -> None:
-    held = cache(3)
-    held.write(joined([5, 6, 7]))
+    held = cache(3, 3)
+    write(held, joined([5, 6, 7]))
     held.reset()
     assert held.frames_written == 0 and shown(held) == []
-    held.write(frame(1))
+    write(held, frame(1))
     assert shown(held) == [1]
 
 
 def test_nothing_is_visible_before_the_first_write_although_the_memory_is_raw() -> None:
-    held = cache(3)
+    held = cache(3, 1)
     held._store.fill_(float("nan"))
-    assert all(part.shape == (1, 0, HEADS, WIDTH) for pair in held.view() for part in pair)
-    held.write(frame(2))
-    assert all(part.isfinite().all() for pair in held.view() for part in pair)
+    assert all(view.past == view.runs == () for view in held.view())
+    own = torch.ones(1, 1, HEADS, WIDTH), torch.ones(1, 1, HEADS, WIDTH)
+    assert all(view.together(own) is own for view in held.view())
+    write(held, frame(2))
+    assert all(part.isfinite().all() for pair in together(held) for part in pair)
 
 
-def test_a_segment_longer_than_the_ring_is_refused() -> None:
-    held = cache(4, sink=2, window=4)
-    held.write(joined([0, 1, 2]))  # two of them are sinks
-    assert shown(held) == [0, 1, 2]
-    with pytest.raises(ValueError, match="a segment of 3 frames does not fit a cache of 4 frames of which 2 are sinks"):
-        held.write(joined([3, 4, 5]))
+def test_a_segment_longer_than_the_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="a segment of 3 frames, and room for 2 beside what is seen"):
+        cache(4, 2, sink=2, window=4).view(room=3)
 
 
-def test_writes_keep_values_without_their_graph() -> None:
-    held = cache(2)
-    pairs = tuple((keys.clone().requires_grad_(), values.clone().requires_grad_()) for keys, values in frame(1))
-    held.write(pairs)
-    assert not any(part.requires_grad for pair in held.view() for part in pair)
-    with torch.no_grad():
-        for keys, _ in pairs:
-            keys.zero_()
-    assert shown(held) == [1]  # a copy, not the caller's memory
+def test_what_is_written_again_replaces_what_was_and_only_what_is_kept_counts() -> None:
+    held = cache(2, 1)
+    write(held, frame(0))
+    for index in (7, 1):  # a denoising pass, and the context pass after it
+        fill_room(held.view(room=1), frame(index))
+    assert held.frames_written == 1
+    held.keep()
+    assert shown(held) == [0, 1]
 
 
 # --- sinks: where a slid window shows them -------------------------------------------------------------------
@@ -179,31 +208,32 @@ def test_turning_a_rotated_key_is_rotating_it_at_the_later_frame() -> None:
 
 def test_turned_sinks_start_from_the_stored_keys_every_time() -> None:
     """After 500 turns in bfloat16 a sink is what one turn makes of it, to the bit; and a reset brings it back."""
-    held = KVCache(CacheShape(BLOCKS, 1, 3, TOKENS, HEADS, WIDTH, 1, 3), CPU, torch.bfloat16)
+    held = KVCache(CacheShape(BLOCKS, 1, 3, 1, TOKENS, HEADS, WIDTH, 1, 3), CPU, torch.bfloat16)
     for index in range(503):
-        held.write(frame(index))
-        view = held.view()
+        write(held, frame(index))
+        view = held.view(room=1)
     assert held.sink_shift == 500
     for block in range(BLOCKS):
         expected = turned(frame(0)[block][0].to(torch.bfloat16), 500)
-        assert torch.equal(view[block][0][:, :TOKENS], expected)
+        assert torch.equal(view[block].keys[:, :TOKENS], expected)
     held.reset()
-    held.write(frame(7))
+    write(held, frame(7))
     assert held.sink_shift == 0
-    assert torch.equal(held.view()[0][0], frame(7)[0][0].to(torch.bfloat16))
+    assert torch.equal(held.view(room=1)[0].keys[:, :TOKENS], frame(7)[0][0].to(torch.bfloat16))
     for index in range(8, 13):
-        held.write(frame(index))
-    assert torch.equal(held.view()[0][0][:, :TOKENS], turned(frame(7)[0][0].to(torch.bfloat16), 3))
+        write(held, frame(index))
+    assert torch.equal(held.view(room=1)[0].keys[:, :TOKENS], turned(frame(7)[0][0].to(torch.bfloat16), 3))
 
 
 @pytest.mark.parametrize(("window", "sink"), [(2, 1), (2, 2)])
 def test_what_a_training_cache_has_shown_stays_as_it_was(window: int, sink: int) -> None:
-    """Backward reads what each segment saw: a cache that holds all frames never turns a sink in place."""
-    held = cache(6, sink, window)
+    """Backward reads what each segment saw: once a pass with gradient has seen sinks, none is turned in place."""
+    held = cache(6, 1, sink, window)
     views = []
     for index in range(6):
-        views.append([(keys, values, keys.clone(), values.clone()) for keys, values in held.view()])
-        held.write(frame(index))
+        views.append([(*pair, *(part.clone() for part in pair)) for pair in together(held)])
+        assert sorted(shown(held, room=1)) == held.visible_frames()
+        write(held, frame(index))
     for view in views:
         for keys, values, keys_then, values_then in view:
             assert torch.equal(keys, keys_then) and torch.equal(values, values_then)
@@ -282,9 +312,10 @@ def test_rollouts_equal_the_written_definition_of_window_and_sinks(
     noise = torch.stack([tiny_wan.latents(10 + i, 1, total) for i in range(3)])
     inputs = RolloutInputs(noise, tiny_wan.prompts(2, 1), exit_step=1)
     past = window - length if window else 0
-    held = max(past, length) if streaming and window else total - length
+    held = past if streaming and window else total - length
     heads = (shape.heads, shape.dim // shape.heads)
-    kept = KVCache(CacheShape(shape.blocks, 1, held, tiny_wan.TOKENS, *heads, sink, past), CPU, torch.float64)
+    sizes = CacheShape(shape.blocks, 1, held, length, tiny_wan.TOKENS, *heads, sink, past)
+    kept = KVCache(sizes, CPU, torch.float64)
 
     def causal(latent: Tensor, timesteps: Tensor, text: Tensor, past: Past, capture: int) -> WanOutput:
         return network(latent, timesteps, text, history=History(*past), capture=Capture(capture))

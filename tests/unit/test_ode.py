@@ -35,7 +35,8 @@ def settings(per_segment: int, points: int = 8, guidance: float = 6.0) -> Integr
 
 
 def cache(batch: int, per_segment: int) -> KVCache:
-    shape = CacheShape(SHAPE.blocks, batch, max(FRAMES - per_segment, 1), TOKENS, SHAPE.heads, SHAPE.dim // SHAPE.heads)
+    sizes = FRAMES - per_segment, per_segment, TOKENS, SHAPE.heads, SHAPE.dim // SHAPE.heads
+    shape = CacheShape(SHAPE.blocks, batch, *sizes)
     return KVCache(shape, torch.device("cpu"), torch.float64)
 
 
@@ -151,7 +152,7 @@ def test_the_history_is_the_ground_truth_and_the_future_is_unseen() -> None:
 class Output(NamedTuple):
     velocity: Tensor
     hidden: None
-    keys_values: Any
+    keys_values: None
     text_keys_values: Any
 
 
@@ -165,17 +166,18 @@ class Notes:
 
     def __call__(self, latent: Tensor, timesteps: Tensor, text: Tensor, past: Past, capture: int) -> Output:
         assert not torch.is_grad_enabled() and len(timesteps) == len(latent) == len(text) == 4
-        seen = past.keys_values[0][0].shape[1]
+        (held,) = past.held
+        seen = sum(held.past[1::2]) - sum(held.past[::2])
         self.calls.append((past.first_frame, timesteps[0].item(), past.text_keys_values is not None, seen))
         if timesteps[0] == 0:
             self.context.append(latent)
-        own = torch.zeros(4, latent.shape[1], 1, 1, dtype=torch.float64)
+        assert [slot.shape for slot, _ in held.slots()] == [(4, latent.shape[1], 1, 1)]
         velocity = text.mean(dim=(1, 2)).view(4, 1, 1, 1, 1).expand_as(latent).to(self.dtype)
-        return Output(velocity, None, ((own, own),), ((text, text),))
+        return Output(velocity, None, None, ((text, text),))
 
 
 def noted(network: Notes, given: TrajectoryInputs, per_segment: int) -> Tensor:
-    held = KVCache(CacheShape(1, 4, FRAMES, 1, 1, 1), torch.device("cpu"), torch.float64)
+    held = KVCache(CacheShape(1, 4, FRAMES, per_segment, 1, 1, 1), torch.device("cpu"), torch.float64)
     return trajectories(network, settings(per_segment, points=4), given, held)
 
 
@@ -289,12 +291,13 @@ def test_the_loss_is_that_of_the_cached_generator(per_segment: int) -> None:
     held, estimates, states = cache(3, per_segment), [], []
     noisy, at = given.states[torch.arange(3), index], torch.tensor(WARPED, dtype=torch.float64)[index]
     for first in range(0, FRAMES, per_segment):
-        own, past = slice(first, first + per_segment), History(held.view(), None, first)
+        own, past = slice(first, first + per_segment), History(held.view(room=per_segment), None, first)
         output = network(noisy[:, own], at, text, history=past, capture=Capture(2))
         estimates.append(clean_from_velocity(noisy[:, own], output.velocity, at))
         states.append(output.hidden)
         if first + per_segment < FRAMES:
-            held.write(network(given.states[:, -1, own], torch.zeros(3), text, history=past).keys_values)
+            network(given.states[:, -1, own], torch.zeros(3), text, history=past)
+            held.keep()
     expected = (torch.cat(estimates, dim=1) - given.states[:, -2]).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(hidden, torch.cat(states, dim=1), rtol=0, atol=1e-11)

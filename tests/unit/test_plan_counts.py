@@ -13,6 +13,7 @@ from mirai_dist.method.arithmetic import PRESETS
 from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import WanModel
 from mirai_dist.plan import passes, shapes
+from tests.tiny_wan import write
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WAN = RECIPES / "wan" / "causal-forcing-chunkwise-mirai-8x8.yaml"
@@ -77,10 +78,10 @@ def test_a_segment_sees_what_the_cache_shows(overrides: list[str]) -> None:
     length, total = recipe.video.frames_per_segment, passes.rollout_frames(recipe)
     held = passes.rollout_cache_frames(recipe)
     cache = kv_cache(recipe, 1, held + length, torch.device("cpu"))
-    assert cache.shape.frames == held
+    assert (cache.shape.frames, cache.shape.room) == (held, length)
     heads, dim = recipe.generator.heads, recipe.generator.dim
     own = torch.zeros(1, length * shapes.frame_tokens(recipe), heads, dim // heads)
     for first in range(0, total, length):
         assert passes.visible_frames(recipe, first, held) == len(cache.visible_frames()), f"frame {first}"
         if first + length < total:
-            cache.write(((own, own),) * recipe.generator.blocks)
+            write(cache, ((own, own),) * recipe.generator.blocks)

@@ -22,6 +22,7 @@ from tests.tiny_wan import (
     TOKENS,
     fill,
     gradients,
+    held,
     largest_difference,
     latents,
     prompts,
@@ -255,7 +256,7 @@ def cached_loop(network: WanModel, inputs: Inputs, segment_frames: int) -> tuple
     velocities, hidden = [], []
     for first in range(0, noisy.shape[1], segment_frames):
         segment = slice(first, first + segment_frames)
-        history = History(past, None, first)
+        history = History(held(past), None, first)
         output = network(noisy[:, segment], timesteps[:, segment], text, history=history, capture=Capture(2))
         velocities.append(output.velocity)
         hidden.append(output.hidden)

@@ -21,19 +21,20 @@ from torch.nn import functional
 
 from mirai_dist.attention.patterns import TORCH, Backends, Pattern
 from mirai_dist.models.wan.keys import PATCH, WanShape
-from mirai_dist.models.wan.kv_cache import KeysValues
+from mirai_dist.models.wan.kv_cache import Held, KeysValues
 from mirai_dist.models.wan.token_ops import EPS, PLAIN, Placement, TokenOps
 
 
 class History(NamedTuple):
     """What a causal pass reads beside its own segment.
 
-    keys_values: rotated keys and values of earlier segments, a pair a block; None at the first segment.
+    held: where rotated keys and values of earlier segments lie, a block, and the room for its own, if it is to write
+    them there; None at the first segment of a pass that writes nothing.
     text_keys_values: cross-attention keys and values of an earlier pass; None computes them from the text.
     first_frame: absolute latent frame at which this segment starts.
     """
 
-    keys_values: KeysValues | None = None
+    held: tuple[Held, ...] | None = None
     text_keys_values: KeysValues | None = None
     first_frame: int = 0
 
@@ -58,7 +59,8 @@ class Capture:
 
 class WanOutput(NamedTuple):
     """velocity [B, F, C, H, W] (None after an early exit); hidden [B, tokens, dim] if captured; the rest if a
-    history was given: this segment's own keys and values, and the text's, for the caller to keep."""
+    history was given, for the caller to keep: this segment's own keys and values, unless it has written them into
+    room that it was given, and the text's."""
 
     velocity: Tensor | None
     hidden: Tensor | None
@@ -112,11 +114,12 @@ class BlockInputs(NamedTuple):
 
 
 class WanBlock(nn.Module):
-    """One transformer block. Pure: it returns its keys and values and writes nothing, so it may be recomputed."""
+    """One transformer block. It writes nothing but into room that a pass without gradient is given, so it may be
+    recomputed."""
 
-    def __init__(self, shape: WanShape, dense: Pattern, ops: TokenOps = PLAIN) -> None:
+    def __init__(self, shape: WanShape, backends: Backends, ops: TokenOps = PLAIN) -> None:
         super().__init__()
-        self.dense, self.ops = dense, ops
+        self.backends, self.ops = backends, ops
         self.modulation = nn.Parameter(torch.randn(1, 6, shape.dim) / shape.dim**0.5)
         self.self_attn = Attention(shape.dim, shape.heads)
         self.norm3 = nn.LayerNorm(shape.dim, eps=EPS)
@@ -129,22 +132,33 @@ class WanBlock(nn.Module):
         self,
         x: Tensor,
         inputs: BlockInputs,
-        past: tuple[Tensor, Tensor] | None = None,
+        held: Held | None = None,
         text_keys_values: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """x [B, N, dim] -> (x, own (keys, values), text (keys, values)); `past` keys are prepended to the own."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
+        """x [B, N, dim] -> (x, own (keys, values), text (keys, values)). With `held` its tokens see that beside their
+        own; own is None where they were written there."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + inputs.modulation).unbind(dim=2)
         normed = self.ops.modulated(x, scale_a, shift_a)
-        queries, keys, values = self.ops.placed(self.self_attn, normed, inputs.places)
-        seen = (keys, values) if past is None else (torch.cat((past[0], keys), 1), torch.cat((past[1], values), 1))
-        attended = self.self_attn.output(inputs.pattern(queries, *seen))
-        x, normed = self.ops.added_normed(x, attended, gate_a, self.norm3)
+        attended, own = self._attend(normed, inputs, held)
+        x, normed = self.ops.added_normed(x, self.self_attn.output(attended), gate_a, self.norm3)
         if text_keys_values is None:
             text_keys_values = self.cross_attn.keys_values(inputs.text)
-        attended = self.dense(self.ops.queries(self.cross_attn, normed), *text_keys_values)
+        attended = self.backends.dense(self.ops.queries(self.cross_attn, normed), *text_keys_values)
         x, normed = self.ops.added_modulated(x, self.cross_attn.output(attended), scale_f, shift_f)
         x = self.ops.added(x, self.ffn(normed), gate_f)
-        return x, (keys, values), text_keys_values
+        return x, own, text_keys_values
+
+    def _attend(
+        self, x: Tensor, inputs: BlockInputs, held: Held | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What the tokens attend to, [B, N, heads, head_dim], and their keys and values as `forward` returns them."""
+        layer, places = self.self_attn, inputs.places
+        if held is not None and held.room:
+            return self.backends.behind(self.ops.queries_into(layer, x, places, held.slots()), None, held), None
+        queries, keys, values = self.ops.placed(layer, x, places)
+        if held is None:
+            return inputs.pattern(queries, keys, values), (keys, values)
+        return self.backends.behind(queries, (keys, values), held), (keys, values)
 
 
 class Head(nn.Module):
@@ -182,7 +196,7 @@ class WanModel(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(WanBlock(shape, backends.dense, ops) for _ in range(shape.blocks))
+        self.blocks = nn.ModuleList(WanBlock(shape, backends, ops) for _ in range(shape.blocks))
         self.head = Head(shape, ops)
 
     def forward(
@@ -240,19 +254,20 @@ class WanModel(nn.Module):
         hidden = None
         own, text = [], []
         for index, block in enumerate(self.blocks):
-            past = history.keys_values[index] if history and history.keys_values else None
+            held = history.held[index] if history and history.held else None
             cached_text = history.text_keys_values[index] if history and history.text_keys_values else None
-            x, keys_values, text_keys_values = block(x, inputs, past, cached_text)
+            x, keys_values, text_keys_values = block(x, inputs, held, cached_text)
             if history is not None:
-                own.append(keys_values)
                 text.append(text_keys_values)
+                if keys_values is not None:
+                    own.append(keys_values)
             if index + 1 == capture.after:
                 hidden = x
                 if capture.stop:
                     break
         if history is None:
             return x, hidden, None, None
-        return x, hidden, tuple(own), tuple(text)
+        return x, hidden, tuple(own) or None, tuple(text)
 
     def _embed_patches(self, latent: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Tokens [B, N, dim], frame-major, and their grid; the strided convolution as one matrix product."""

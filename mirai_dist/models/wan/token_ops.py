@@ -7,7 +7,7 @@ rounds each step to the activations' dtype, the kernels round once, where they s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +40,10 @@ class Projections(Protocol):
     norm_k: Any
 
 
+Slots = Sequence[tuple[Tensor, Tensor]]
+"""Memory for keys and values [B, tokens, heads, head_dim] of whole frames, one run of tokens after another."""
+
+
 class TokenOps(Protocol):
     """x and y are tokens [B, N, dim]; a gate, scale or shift is [1 or B, 1 or frames, dim], a vector a frame."""
 
@@ -69,6 +73,10 @@ class TokenOps(Protocol):
 
     def placed(self, layer: Projections, x: Tensor, places: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and rotated to their places, and values; each [B, N, heads, head_dim]."""
+        ...
+
+    def queries_into(self, layer: Projections, x: Tensor, places: Any, slots: Slots) -> Tensor:
+        """The queries of `placed`, with keys and values written into slots; without gradient."""
         ...
 
 
@@ -123,6 +131,14 @@ class Plain:
         keys, values = _by_head(layer, layer.norm_k(layer.k(x))), _by_head(layer, layer.v(x))
         return rotate(self.queries(layer, x), places), rotate(keys, places), values
 
+    def queries_into(self, layer: Projections, x: Tensor, places: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
+        queries, keys, values = self.placed(layer, x, places)
+        lengths = [slot.shape[1] for slot, _ in slots]
+        for own, each in zip(zip(keys.split(lengths, 1), values.split(lengths, 1), strict=True), slots, strict=True):
+            for tokens, slot in zip(own, each, strict=True):
+                slot.copy_(tokens)
+        return queries
+
 
 PLAIN = Plain()
 
@@ -133,6 +149,7 @@ class Fused:
 
     norm_rope: Callable[..., Tensor]
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor]]
+    qk_norm_rope_cache: Callable[..., Tensor]
     residual_modulate: Callable[..., tuple[Tensor, Tensor]]
     placement: Callable[..., Any]
 
@@ -164,11 +181,24 @@ class Fused:
         queries, keys = (each.unflatten(0, (-1, places.copies)).flatten(1, 2) for each in rotated)
         return queries, keys, _by_head(layer, layer.v(x))
 
+    def queries_into(self, layer: Projections, x: Tensor, places: Placement, slots: Slots) -> Tensor:
+        qkv, weights = (layer.q(x), layer.k(x), layer.v(x)), (layer.norm_q.weight, layer.norm_k.weight)
+        (_, rows, columns), first = places.grid, places.first_frame
+        queries, done = [], 0
+        for slot in slots:
+            tokens = slot[0].shape[1]
+            frames = tokens // (rows * columns)
+            here = self.placement((frames, rows, columns), first + done // (rows * columns))
+            part = tuple(each[:, done : done + tokens] for each in qkv)
+            queries.append(self.qk_norm_rope_cache(part, weights, slot, here))
+            done += tokens
+        return queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
+
 
 def load() -> Fused:
     """The fused operators. Raises ImportError without triton, which they are written in."""
-    from mirai_kernels.qk_norm_rope_cache.op import norm_rope, qk_norm_rope
+    from mirai_kernels.qk_norm_rope_cache.op import norm_rope, qk_norm_rope, qk_norm_rope_cache
     from mirai_kernels.qk_norm_rope_cache.reference import Placement as KernelPlacement
     from mirai_kernels.residual_modulate.op import residual_modulate
 
-    return Fused(norm_rope, qk_norm_rope, residual_modulate, KernelPlacement)
+    return Fused(norm_rope, qk_norm_rope, qk_norm_rope_cache, residual_modulate, KernelPlacement)

@@ -32,7 +32,7 @@ def outputs_and_gradients(ops: TokenOps, kind: str, dtype: torch.dtype) -> list[
     options = {
         "bidirectional": {},
         "teacher forced": {"clean": Clean(tiny_wan.latents(5, 1, frames, dtype)), "segment_frames": 1},
-        "with a history": {"history": History(keys_values=(past,), first_frame=9)},  # type: ignore[dict-item]
+        "with a history": {"history": History(tiny_wan.held((past,)), first_frame=9)},
     }[kind]
     if kind == "with a history":
         recompute(network, ["blocks.0"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mirai_dist.attention.patterns import Backends, BySegment
+from mirai_dist.attention.patterns import by_dense
 from mirai_dist.method.foresight import PRESETS, foresight_loss
 from mirai_dist.method.replay import ReplayStep
 from mirai_dist.models.predictor import Predictor
@@ -24,7 +24,7 @@ def test_three_blocks_and_the_head_agree_with_plain_torch() -> None:
     targets = targets / targets.norm(dim=-1, keepdim=True)
     plain = Predictor(32, 24, heads=2, blocks=3, gated=False)
     fill(plain, 1)
-    fused = Predictor(32, 24, heads=2, blocks=3, gated=False, backends=Backends(attend, BySegment(attend)))
+    fused = Predictor(32, 24, heads=2, blocks=3, gated=False, backends=by_dense(attend))
     fused.load_state_dict(plain.state_dict())
     plain.double()
     loss, cosine = foresight_loss(plain, states.double(), targets.double(), PRESETS["paper"])
