@@ -29,7 +29,7 @@ def recipe(kernels: str, certificates: str = "ignore") -> schema.Recipe:
 @pytest.fixture
 def with_triton(monkeypatch: pytest.MonkeyPatch) -> token_ops.Fused:
     """The kernels as if they could be loaded; nothing here runs them."""
-    ops = token_ops.Fused(*[lambda *_: pytest.fail("ran a kernel")] * 4)
+    ops = token_ops.Fused(*[lambda *_: pytest.fail("ran a kernel")] * 5)
     monkeypatch.setattr(fusing, "load", lambda: ops)
     return ops
 
