@@ -1,0 +1,42 @@
+"""The tiny recipe, trained with the fused kernels and in plain torch: metrics and weights agree as roundings let them.
+
+At the recipe's widths, with fewer tokens, samples and blocks: an interpreted kernel takes milliseconds a token. Ten
+times as much, on a GPU: tests/gpu/test_recipe_runs.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mirai_dist.config import load
+from tests.procs.conftest import run_threads
+from tests.short_runs import Distance, trained
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "tiny" / "video_mirai.yaml"
+TIMEOUT = 300.0  # seconds; thirty where nothing else runs
+SMALL = (
+    *("video.latent_frames=4", "video.latent_height=2", "video.latent_width=4", "world.speed=1", "world.radius=3"),
+    *("teacher.blocks=2", "dmd.critic_updates=1", "rollout.steps=[1000,500]"),
+    *("stages.ar_teacher.batch.global_size=1", "stages.ar_teacher.batch.micro_size=1"),
+    *("stages.distil.batch.global_size=2", "stages.distil.batch.micro_size=2"),
+)
+POSITIONS = {"ar_teacher": 2, "distil": 4}  # two cycles; of distil, each with a replay after the critic's update
+
+# What float32 costs this run in plain torch comes to a third of these.
+FLOAT32 = Distance(metric=2e-5, role=2e-4, parameter=1e-3)
+TIMES = 3.0  # a few weights whose gradients cancel decide how far either run is from the exact one
+
+
+@pytest.mark.parametrize("stage", POSITIONS)
+def test_a_fused_run_is_the_plain_one(stage: str) -> None:
+    recipe = load(RECIPE, SMALL).recipe
+    exact, plain, fused = (
+        run_threads(1, lambda _, how=how: trained(recipe, stage, POSITIONS[stage], *how), TIMEOUT)[0]
+        for how in (("float64", "reference"), ("float32", "reference"), ("float32", "fused"))
+    )
+    control, found = Distance.of(plain, exact), Distance.of(fused, exact)
+    print(control, found)
+    assert control.within(1.0, FLOAT32), control
+    assert found.within(TIMES, control), f"{found}; in plain torch {control}"
