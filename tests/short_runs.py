@@ -54,9 +54,11 @@ class Distance(NamedTuple):
             roles[role] = roles.get(role, 0) + each
         return Distance(torch.tensor(metrics).max().item(), _furthest(roles), _furthest(squares))
 
-    def within(self, times: float, other: Distance) -> bool:
-        """Whether each is at most so many times the other's."""
-        return all(mine <= times * its for mine, its in zip(self, other, strict=True))
+    def times(self, factors: Distance) -> Distance:
+        return Distance(*(mine * factor for mine, factor in zip(self, factors, strict=True)))
+
+    def at_most(self, limits: Distance) -> bool:
+        return all(mine <= limit for mine, limit in zip(self, limits, strict=True))
 
 
 def _squares(found: Tensor, exact: Tensor, before: Tensor) -> Tensor:

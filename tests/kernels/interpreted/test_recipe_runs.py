@@ -1,7 +1,7 @@
 """The tiny recipe, trained with the fused kernels and in plain torch: metrics and weights agree as roundings let them.
 
-At the recipe's widths, with fewer tokens, samples and blocks: an interpreted kernel takes milliseconds a token. Ten
-times as much, on a GPU: tests/gpu/test_recipe_runs.py.
+At the recipe's widths, with fewer tokens, samples and blocks: an interpreted kernel takes milliseconds a token. The whole
+recipe, and in bfloat16, on a GPU: tests/gpu/test_recipe_runs.py.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SMALL = (
 )
 POSITIONS = {"ar_teacher": 2, "distil": 4}  # two cycles; of distil, each with a replay after the critic's update
 
-# What float32 costs this run in plain torch comes to a third of these.
+# What float32 costs these runs in plain torch comes to a third of it.
 FLOAT32 = Distance(metric=2e-5, role=2e-4, parameter=1e-3)
-TIMES = 3.0  # a few weights whose gradients cancel decide how far either run is from the exact one
+TIMES = Distance(3.0, 3.0, 3.0)  # a few weights whose gradients cancel decide how far either is from the exact run
 
 
 @pytest.mark.parametrize("stage", POSITIONS)
@@ -37,6 +37,5 @@ def test_a_fused_run_is_the_plain_one(stage: str) -> None:
         for how in (("float64", "reference"), ("float32", "reference"), ("float32", "fused"))
     )
     control, found = Distance.of(plain, exact), Distance.of(fused, exact)
-    print(control, found)
-    assert control.within(1.0, FLOAT32), control
-    assert found.within(TIMES, control), f"{found}; in plain torch {control}"
+    assert control.at_most(FLOAT32), control
+    assert found.at_most(control.times(TIMES)), f"{found}; in plain torch {control}"
