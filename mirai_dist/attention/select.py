@@ -13,39 +13,17 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mirai_dist.attention import flash, flex, sdpa, xformers
-from mirai_dist.attention.patterns import Backends, Pattern, Segments, by_dense
-from mirai_kernels.chunk_attention.reference import chunk_attention
-from mirai_kernels.segment_prefix_attention.reference import (
-    masked_attention,
-    segment_causal_mask,
-    teacher_forced_mask,
-)
+from mirai_dist.attention import flash, flex, sdpa, split, xformers
+from mirai_dist.attention.patterns import Backends, by_dense
+from mirai_dist.attention.probe import Need as Need
+from mirai_dist.attention.probe import probe_behind, probe_dense, probe_segments, word
 
 AUTO = "auto"
 BY_SEGMENT = "dense"  # rules over segments as calls of the backend for dense attention
+PREFIX = "prefix"  # the same as dense calls over prefixes, joined (attention/split.py)
+TOGETHER, SPLIT = "dense", "split"  # a segment behind a cache in one dense call; in parts, joined
 
-# Largest |ours - exact| / |exact| of the output or a gradient. Roundings of a sound backend stay several times below;
-# tensor cores that round float32 to 10 bits do not.
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a run asks of attention. `head_dims`: every width of a head that its networks have."""
-
-    device: str  # "cpu" or "cuda": this process's current device of the type
-    dtype: torch.dtype
-    head_dims: tuple[int, ...]
-    trained: bool = True
-    failed: frozenset[str] = frozenset()  # backends that a certificate of this machine found wrong
-
-    @property
-    def capability(self) -> int:
-        """Major compute capability of a CUDA device (Ampere 8, Hopper 9, Blackwell 10 and 12); 0: it is none."""
-        return torch.cuda.get_device_capability()[0] if self.device == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +31,7 @@ class Candidate:
     """A backend that may serve.
 
     load: gives it, or raises ImportError. least, most: major compute capabilities it is made for; least 0: CPUs too.
+    hindrance: why it cannot serve beside other choices.
     """
 
     name: str
@@ -61,9 +40,12 @@ class Candidate:
     most: int = 99
     half_only: bool = False
     cpu_backward: bool = True
+    hindrance: str = ""
 
     def unfit(self, need: Need) -> str:
         """Why it cannot serve, as far as that is known without trying; empty: try."""
+        if self.hindrance:
+            return self.hindrance
         halves = (torch.float16, torch.bfloat16)
         if self.name in need.failed:
             return "failed at the recipe's shapes, as its certificate says"
@@ -72,7 +54,7 @@ class Candidate:
         if not self.least <= need.capability <= self.most:
             return f"is not for compute capability {need.capability}"
         if self.half_only and need.dtype not in halves:
-            return f"computes in bfloat16 and float16, not in {_word(need.dtype)}"
+            return f"computes in bfloat16 and float16, not in {word(need.dtype)}"
         if need.trained and need.device == "cpu" and not self.cpu_backward:
             return "has no backward on CPU"
         return ""
@@ -116,6 +98,7 @@ class Choice:
     dense: str
     segments: str
     refused: tuple[tuple[str, str], ...]
+    behind: str = TOGETHER
 
     def told(self) -> dict[str, Any]:
         """For people: names, and a line a reason."""
@@ -123,8 +106,15 @@ class Choice:
         for name, reason in self.refused:
             reasons.setdefault(reason, []).append(name)
         refused = {", ".join(names): reason for reason, names in reasons.items()}
-        segments = "dense calls, segment by segment" if self.segments == BY_SEGMENT else self.segments
-        return {"dense": self.dense, "segments": segments, "refused": refused}
+        return {
+            "dense": self.dense,
+            "segments": _TOLD.get(self.segments, self.segments),
+            "behind": "kernels that read a cache in parts" if self.behind == SPLIT else "dense calls",
+            "refused": refused,
+        }
+
+
+_TOLD = {BY_SEGMENT: "dense calls, segment by segment", PREFIX: "dense calls, prefix by prefix"}
 
 
 @lru_cache
@@ -137,18 +127,53 @@ def select(dense: str, segments: str, need: Need) -> Choice:
     found = first_that_serves(asked, need, probe_dense)
     if found.backend is None:
         raise Unavailable("attention", _refusal(dense, found, _serving(DENSE, need)))
-    wanted = segments
-    if segments == AUTO:
-        wanted = BY_SEGMENT if need.device == "cpu" or found.name in _FASTER_THAN_FLEX else FLEX.name
-    if wanted == BY_SEGMENT:
-        return Choice(by_dense(found.backend), found.name, BY_SEGMENT, found.refused)
-    whole = first_that_serves([FLEX], need, probe_segments)
-    refused = (*found.refused, *whole.refused)
-    if whole.backend is not None:
-        return Choice(replace(by_dense(found.backend), segments=whole.backend), found.name, whole.name, refused)
-    if segments == AUTO:
-        return Choice(by_dense(found.backend), found.name, BY_SEGMENT, refused)
-    raise Unavailable("segment_attention", _refusal(segments, whole, [BY_SEGMENT]))
+    choice = Choice(by_dense(found.backend), found.name, BY_SEGMENT, found.refused)
+    return _behind(_over_segments(choice, segments, need), need)
+
+
+def _over_segments(choice: Choice, asked: str, need: Need) -> Choice:
+    """The choice with a backend for rules over segments. Raises Unavailable where the one asked for cannot serve."""
+    refused = choice.refused
+    for candidate in _segments(choice, asked, need):
+        found = first_that_serves([candidate], need, probe_segments)
+        refused = (*refused, *found.refused)
+        if found.backend is not None:
+            return replace(choice, backends=replace(choice.backends, segments=found.backend), segments=found.name,
+                           refused=refused)  # fmt: skip
+        if asked != AUTO:
+            raise Unavailable("segment_attention", _refusal(asked, found, [BY_SEGMENT]))
+    return replace(choice, refused=refused)
+
+
+def _segments(choice: Choice, asked: str, need: Need) -> list[Candidate]:
+    """Who to try for rules over segments, best first, before dense calls segment by segment."""
+    prefix = _of_parts(PREFIX, choice, need, split.load_prefix)
+    if asked != AUTO:
+        return [each for each in (prefix, FLEX) if each.name == asked]
+    flex = need.device != "cpu" and choice.dense not in _FASTER_THAN_FLEX
+    return ([] if prefix.hindrance else [prefix]) + ([FLEX] if flex else [])
+
+
+def _behind(choice: Choice, need: Need) -> Choice:
+    """The choice with what serves a segment behind a cache: a dense call always does."""
+    if need.no_kernels:
+        return choice
+    split_of = _of_parts(SPLIT, choice, need, partial(split.load_behind, choice.backends.dense))
+    found = first_that_serves([split_of], need, probe_behind)
+    if found.backend is None:
+        return replace(choice, refused=(*choice.refused, *found.refused))
+    return replace(choice, backends=replace(choice.backends, behind=found.backend), behind=SPLIT)
+
+
+def _of_parts(name: str, choice: Choice, need: Need, load: Callable[[str], Any]) -> Candidate:
+    """A candidate that joins what a library computes in parts, with what stands in its way."""
+    by = split.LIBRARIES.get((need.device, choice.dense), "")
+    hindrance = need.no_kernels
+    if not hindrance and not by:
+        hindrance = f"joins parts of cudnn or sdpa-flash, and attention is by {choice.dense}"
+    if not hindrance and name == SPLIT and need.cached_gradient:
+        hindrance = "computes no gradient towards a cache, which rollout.kv_grad leaky asks for"
+    return Candidate(name, partial(load, by), hindrance=hindrance)
 
 
 def _names(asked: str, need: Need) -> Sequence[str]:
@@ -205,70 +230,3 @@ def _tried(candidate: Candidate, need: Need, probe: Probe) -> tuple[Any, str]:
         return None, f"package {error.name} is not installed"
     except Exception as error:  # noqa: BLE001  packages fail in ways of their own; whatever it was is the reason
         return None, f"fails with {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-def probe_dense(attend: Pattern, need: Need) -> str:
-    """Why a backend's dense attention is not exact enough, or not differentiable; empty if it is.
-
-    Odd numbers of queries and keys; keys a slice of a longer tensor, as those of earlier segments are.
-    """
-    for head_dim in need.head_dims:
-        q, keys, values = (_drawn(need, tokens, head_dim, seed) for seed, tokens in enumerate((37, 151, 151)))
-        inputs = q, keys[:, :107], values[:, :107]
-        reason = _difference(attend, lambda q, k, v: chunk_attention(q, (k, v))[0], inputs, need)
-        if reason:
-            return f"{reason} at heads of {head_dim}"
-    return ""
-
-
-def probe_segments(segments: Segments, need: Need) -> str:
-    """The same of rules over segments, of 50 tokens: no edge of theirs is one of a power of two."""
-    length, tokens = 50, 200
-    for head_dim in need.head_dims:
-        for rule, mask, doubled in (
-            (segments.causal, segment_causal_mask, 1),
-            (segments.teacher_forced, teacher_forced_mask, 2),
-        ):
-            inputs = tuple(_drawn(need, doubled * tokens, head_dim, seed) for seed in range(3))
-            exact = partial(_under_mask, mask(tokens, length, torch.device(need.device)))
-            reason = _difference(rule(length), exact, inputs, need)
-            if reason:
-                return f"{rule.__name__}: {reason} at heads of {head_dim}"
-    return ""
-
-
-def _under_mask(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return masked_attention(q, k, v, mask)
-
-
-def _drawn(need: Need, tokens: int, head_dim: int, seed: int) -> Tensor:
-    """[2, tokens, 3, head_dim] of normal numbers, the same on every rank."""
-    draws = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(2, tokens, 3, head_dim, generator=draws, device="cpu").to(need.device, need.dtype)
-
-
-def _difference(attend: Pattern, exact: Pattern, inputs: tuple[Tensor, ...], need: Need) -> str:
-    """Which of output and gradients differs too much from the exact one's, if any does."""
-    ours = _results(attend, inputs, need.trained)
-    theirs = _results(exact, tuple(each.double() for each in inputs), need.trained)
-    names = ("output", "gradient of q", "gradient of k", "gradient of v")
-    for name, mine, expected in zip(names, ours, theirs, strict=False):
-        error = ((mine.double() - expected).norm() / expected.norm()).item()
-        if not error <= BOUNDS[need.dtype]:
-            return f"its {name} is off by {error:.1e} in {_word(need.dtype)}"
-    return ""
-
-
-def _results(attend: Pattern, inputs: tuple[Tensor, ...], trained: bool) -> tuple[Tensor, ...]:
-    """The output alone, or with the gradients of a fixed functional of it."""
-    with torch.set_grad_enabled(trained):
-        leaves = tuple(each.detach().requires_grad_(trained) for each in inputs)
-        output = attend(*leaves)
-        if not trained:
-            return (output,)
-        towards = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(output.dtype)
-        return output, *torch.autograd.grad((output * towards).sum(), leaves)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -198,7 +198,7 @@ def _unloaded(device: torch.device) -> str:
     return ""
 
 
-# --- our own operators that no network calls yet -----------------------------------------------------------------
+# --- what joins attention's parts, writes a cache, ends in a cosine ---------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -315,7 +315,10 @@ class Parallel:
     unit: str = key("block", help="what FSDP gathers at a time", choices=("block", "network"))
     reshard_after_forward: bool = key(True, help="free gathered parameters after each forward")
     recompute: str = key(
-        "block", help="block: keep only block inputs for backward; none: keep everything", choices=("block", "none")
+        "block",
+        help="block: keep only block inputs for backward; selective: and what attention gave, which is not computed "
+        "again; none: keep everything",
+        choices=("block", "selective", "none"),
     )
     sync_every_micro_batch: bool = key(
         False, help="reduce gradients after each micro-batch (less memory) or the last one only"
@@ -334,14 +337,15 @@ class Parallel:
     segment_attention: str = key(
         "auto",
         help="what computes attention over segments, in teachers that train in one pass; dense: calls of "
-        "parallel.attention, segment by segment; flex: FlexAttention, one call",
-        choices=("auto", "dense", "flex"),
+        "parallel.attention, segment by segment; flex: FlexAttention, one call; prefix: calls over prefixes, joined "
+        "by fused kernels",
+        choices=("auto", "dense", "flex", "prefix"),
     )
     kernels: str = key(
         "auto",
-        help="what computes norms, rotary positions and gates; fused: Triton kernels that move each tensor once; "
-        "auto: those, where they are found exact on this machine, which CPUs cannot run (but in Triton's interpreter, "
-        "TRITON_INTERPRET=1: fused takes them there, for checks)",
+        help="what computes norms, rotary positions and gates, and joins attention's parts; fused: Triton kernels that "
+        "move each tensor once; auto: those, where they are found exact on this machine, which CPUs cannot run (but in "
+        "Triton's interpreter, TRITON_INTERPRET=1: fused takes them there, for checks)",
         choices=("auto", "reference", "fused"),
     )
     certificates: str = key(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
 from mirai_dist.attention.patterns import Backends
-from mirai_dist.attention.select import Choice, Need, Unavailable, select
+from mirai_dist.attention.select import FLEX, Choice, Need, Unavailable, select
 from mirai_dist.config import RecipeError, schema
 from mirai_dist.cycle.certified import (
     MAKE,
     failed_backends,
     lacking_attention,
     lacking_kernels,
+    lacking_parts,
     require_attention,
 )
 from mirai_dist.cycle.fusing import fusing_of
+
+# Backends whose calls torch's dispatcher sees (parallel/recompute.py).
+SEEN = ("cudnn", "sdpa", "sdpa-flash", "sdpa-efficient", "flash-2")
 
 
 def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = True) -> Choice:
@@ -28,13 +34,37 @@ def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = Tr
     head_dims = tuple(sorted({network.dim // network.heads for network in networks}))
     failed = failed_backends(recipe, device)
     need = Need(device.type, getattr(torch, recipe.parallel.compute_dtype), head_dims, trained, failed)
-    try:
-        choice = select(recipe.parallel.attention, recipe.parallel.segment_attention, need)
-    except Unavailable as error:
-        raise RecipeError(f"parallel.{error.key}", str(error)) from error
+    if fusing_of(recipe, device).name == "fused":
+        need = replace(need, no_kernels="", cached_gradient=recipe.rollout.kv_grad == "leaky")
+    choice = _selected(recipe, need)
+    reason = lacking_parts(recipe, device, choice)
+    if reason and recipe.parallel.certificates == "require":
+        raise RecipeError("parallel.certificates", f"require, and the kernels that join attention {reason}; {MAKE}")
+    if reason:
+        choice = _selected(recipe, replace(need, no_kernels=reason))
     if trained:
         require_attention(recipe, device, choice)
+        _check_kept(recipe, choice)
     return choice
+
+
+def _check_kept(recipe: schema.Recipe, choice: Choice) -> None:
+    """RecipeError where selective recomputation would not see the attention that it is to keep."""
+    if recipe.parallel.recompute != "selective":
+        return
+    by_rule = any(stage.kind not in ("bidirectional", "dmd") for stage in recipe.stages.values())
+    unseen = [choice.dense] * (choice.dense not in SEEN)
+    unseen += [choice.segments] * (choice.segments == FLEX.name and by_rule)
+    if unseen:
+        what = f"selective keeps what attention by {', '.join(SEEN)} gives; that of {' and '.join(unseen)} is unseen"
+        raise RecipeError("parallel.recompute", f"{what}; use block, or name others in attention and segment_attention")
+
+
+def _selected(recipe: schema.Recipe, need: Need) -> Choice:
+    try:
+        return select(recipe.parallel.attention, recipe.parallel.segment_attention, need)
+    except Unavailable as error:
+        raise RecipeError(f"parallel.{error.key}", str(error)) from error
 
 
 def backends_of(recipe: schema.Recipe, device: torch.device, trained: bool = True) -> Backends:
@@ -64,7 +94,8 @@ def _in_a_word(recipe: schema.Recipe, device: torch.device) -> str:
         choice, kernels = attention_of(recipe, device), fusing_of(recipe, device)
     except RecipeError as error:
         return str(error)  # told to the others first
-    return f"attention {choice.dense}, segment_attention {choice.segments} and kernels {kernels.name}"
+    attention = f"attention {choice.dense}, segment_attention {choice.segments}, caches {choice.behind}"
+    return f"{attention} and kernels {kernels.name}"
 
 
 def uncertified(recipe: schema.Recipe, device: torch.device) -> list[str]:

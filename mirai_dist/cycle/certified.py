@@ -5,17 +5,20 @@ ignore                  taken; the probe at the start decides  taken; the probe 
 prefer                  not taken by auto, refused by name     taken, with a warning; what failed is not
 require                 refused                                refused
 
-Certificates are of GPUs. On a CPU the fused kernels run in Triton's interpreter, for checks: there the probe decides.
+Fused kernels are the token operators, the one that writes a cache among them, and those that join attention's parts.
+On a CPU they run in Triton's interpreter alone, for checks, which no certificate is of: there the probe decides.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mirai_dist.attention.select import Choice
+from mirai_dist.attention import split
+from mirai_dist.attention.select import PREFIX, SPLIT, Choice
 from mirai_dist.certify import certificate
 from mirai_dist.certify.shapes import shapes_of
-from mirai_dist.certify.subjects import ATTENTION, SEGMENTS, TOKENS
+from mirai_dist.certify.subjects import ATTENTION, CACHE, CHUNK, SEGMENTS, TOKENS
+from mirai_dist.certify.subjects import PREFIX as OVER_PREFIXES
 from mirai_dist.config import RecipeError, schema
 
 MAKE = "make one on such a machine with `mirai bench kernels --certify RECIPE`"
@@ -33,7 +36,24 @@ def lacking_kernels(recipe: schema.Recipe, device: torch.device) -> str:
     """Why the fused kernels may not be taken; empty: they may."""
     if recipe.parallel.certificates == "ignore" or device.type == "cpu":
         return ""
-    return certificate.lacking(recipe, device.type, TOKENS, "fused", shapes_of(recipe).tokens)
+    shapes = shapes_of(recipe).tokens
+    cached = [each for each in shapes if each.copies == 1]
+    return certificate.lacking(recipe, device.type, TOKENS, "fused", shapes) or certificate.lacking(
+        recipe, device.type, CACHE, "triton", cached
+    )
+
+
+def lacking_parts(recipe: schema.Recipe, device: torch.device, choice: Choice) -> str:
+    """Why the kernels that join attention's parts may not serve as chosen; empty: they may, or do not."""
+    if recipe.parallel.certificates == "ignore" or device.type == "cpu":
+        return ""
+    by, shapes, reason = split.LIBRARIES.get((device.type, choice.dense), ""), shapes_of(recipe), ""
+    if choice.behind == SPLIT:
+        behind = [each for each in shapes.dense if each.past]
+        reason = certificate.lacking(recipe, device.type, CHUNK, by, behind)
+    if not reason and choice.segments == PREFIX:
+        reason = certificate.lacking(recipe, device.type, OVER_PREFIXES, by, shapes.segments)
+    return reason
 
 
 def lacking_attention(recipe: schema.Recipe, device: torch.device, choice: Choice) -> str:

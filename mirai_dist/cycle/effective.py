@@ -118,4 +118,5 @@ def _described(plan: ShardPlan) -> dict[str, Any]:
         "units": len(plan.units),
         "reshard after forward": plan.units[0].reshard_after_forward,
         "recomputed blocks": len(plan.recompute),
+        "attention is kept": plan.keep_attention,
     }

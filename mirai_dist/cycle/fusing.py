@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ def largest_error(ops: TokenOps, dim: int, heads: int, device: torch.device, dty
 def _results(
     ops: TokenOps, heads: int, norms: tuple[RmsNorm, RmsNorm, nn.LayerNorm], inputs: list[Tensor]
 ) -> Sequence[Tensor]:
-    """All that the operators give, and the gradients of its weighted sum by inputs and weights."""
+    """All that the operators give, and the gradients of its weighted sum by inputs and weights; what they write has
+    none."""
     x, y, gate, scale, shift = leaves = [each.requires_grad_() for each in inputs]
     layer = _Layer(heads, *norms[:2])
     places = ops.place(Placement((1, 2, 3), first_frame=5, copies=2), x.shape[-1] // heads, x)
@@ -129,7 +131,18 @@ def _results(
         ops.modulated(x, scale, shift),
         ops.added(x, y, gate),
     ]
+    with torch.no_grad():
+        written = _written(ops, layer, x, ops.place(Placement((2, 2, 3), first_frame=5), x.shape[-1] // heads, x))
     draws = torch.Generator().manual_seed(1)
     towards = [torch.randn(each.shape, generator=draws).to(each) for each in outputs]
     weights = [parameter for norm in norms for parameter in norm.parameters()]
-    return [*outputs, *torch.autograd.grad(outputs, [*leaves, *weights], towards)]
+    return [*written, *outputs, *torch.autograd.grad(outputs, [*leaves, *weights], towards)]
+
+
+def _written(ops: TokenOps, layer: _Layer, x: Tensor, places: Any) -> list[Tensor]:
+    """Queries, and a cache of keys and values with a frame of `x` in front of what is zero, and one behind it."""
+    heads = layer.heads, x.shape[-1] // layer.heads
+    keys, values = (x.new_zeros(x.shape[0], 3 * x.shape[1] // 2, *heads) for _ in range(2))
+    half = x.shape[1] // 2
+    slots = [(keys[:, a : a + half], values[:, a : a + half]) for a in (0, 2 * half)]
+    return [ops.queries_into(layer, x, places, slots), keys, values]

@@ -24,7 +24,7 @@ def apply(network: nn.Module, plan: ShardPlan, mesh: DeviceMesh) -> FSDPModule:
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     # Segments' keys and values leave a network as views on purpose; nothing here writes in place into an output.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    recompute(network, plan.recompute)
+    recompute(network, plan.recompute, plan.keep_attention)
     for unit in plan.units:
         module = network.get_submodule(unit.path) if unit.path else network
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=unit.reshard_after_forward)

@@ -249,7 +249,7 @@ def _flops(recipe: Recipe, updates: tuple[passes.Update, ...]) -> dict[str, Flop
     """Of a cycle, under the phase's name; what belongs to one update of a dmd cycle alone has that name before it."""
     found: dict[str, Flops] = {}
     for update in updates:
-        for phase, counted in flops.of_update(recipe, update, recipe.parallel.recompute == "block").items():
+        for phase, counted in flops.of_update(recipe, update).items():
             key = _phase(update, phase, updates)
             found[key] = found.get(key, Flops()) + counted * update.times
     return found

@@ -9,7 +9,8 @@ T timesteps, c channels):
     the rest     8 B N c d twice (patches, head), 2 B L' (t d + d^2), 2 B T (w d + d^2 + 6 d^2), w the sinusoid's width
 
 Backward is twice forward for products (once where the input has no gradient: patches, text, sinusoid) and 2.5 times
-for attention, whose scores are computed again. Recomputation repeats the blocks. The tests hold all of it against an
+for attention, whose scores are computed again. Recomputation repeats the blocks, if it is selective without their
+self-attention. The tests hold all of it against an
 operator count of the run's own phases. Elementwise work is no FLOPs here; time.py charges it as bytes.
 """
 
@@ -44,7 +45,7 @@ class Flops:
         return self.dense + self.attention
 
 
-def of_update(recipe: Recipe, update: Update, recomputed: bool) -> dict[str, Flops]:
+def of_update(recipe: Recipe, update: Update) -> dict[str, Flops]:
     """FLOPs a rank by phase: of all micro-batches of one update. "recompute" and "backward" are apart here; in the
     run's ledger both are in phase backward."""
     found: dict[str, Flops] = {}
@@ -53,8 +54,8 @@ def of_update(recipe: Recipe, update: Update, recomputed: bool) -> dict[str, Flo
         parts = {each.phase: forward(recipe, each)}
         if each.gradient:
             parts["backward"] = backward(recipe, each)
-            if recomputed and each.role != "predictor":
-                parts["recompute"] = blocks(recipe, each)
+            if recipe.parallel.recompute != "none" and each.role != "predictor":
+                parts["recompute"] = recomputed(recipe, each)
         for phase, flops in parts.items():
             found[phase] = found.get(phase, Flops()) + flops * times
     return found
@@ -98,6 +99,17 @@ def blocks(recipe: Recipe, each: Pass) -> Flops:
     dim = network.dim
     dense = rows * (12 * dim**2 + 4 * dim * network.ffn_dim) + 4 * _text_rows(recipe, each) * dim**2
     return Flops(dense, 4 * dim * (each.batch * pairs + rows * length)) * each.blocks
+
+
+def recomputed(recipe: Recipe, each: Pass) -> Flops:
+    """What backward computes again of the blocks: all, or all but attention over no fewer keys than queries."""
+    whole = blocks(recipe, each)
+    if recipe.parallel.recompute == "block":
+        return whole
+    if recipe.text.length >= each.tokens:
+        return Flops(whole.dense)
+    texts = 4 * network_of(each.role, recipe).dim * each.batch * each.tokens * recipe.text.length * each.blocks
+    return Flops(whole.dense, texts)
 
 
 def _outer(recipe: Recipe, each: Pass) -> tuple[float, float, float, float]:

@@ -11,7 +11,8 @@ What lasts, for a network of P parameters over S shards (each parameter's first 
 
 What a phase adds, with c bytes a value in the compute dtype and w in at least fp32, N tokens, d and f the widths:
 
-    kept         recomputed blocks keep their input, N d c; other blocks what backward reads,
+    kept         recomputed blocks keep their input, N d c, and if attention's output is kept, N (d c + 4 h) more, for h
+                 heads; other blocks what backward reads,
                  N (d (19 c + 3 w) + 2 f c) and the keys that a segment saw, 2 K d c
     working      a forward without gradient: N (11 d + 2 f) c at the feed-forward; a segment's with gradient also 2 K d
                  c for keys with a past, and its own keys of all blocks;
@@ -249,6 +250,9 @@ class _Ledger:
         plan = self.networks[each.role].plan
         block = each.batch * each.tokens * network_of(each.role, self.recipe).dim * BYTES[plan.compute_dtype]
         inside = block if plan.recompute else block_kept(self.recipe, each)
+        if plan.keep_attention:
+            attended = block + each.batch * each.tokens * network_of(each.role, self.recipe).heads * WIDE
+            inside += attended * (2 if self.recipe.text.length >= each.tokens else 1)
         leaked = 2 * block * sum(keys for _, keys in each.attention) // each.tokens if self._leaks(each) else 0
         return each.blocks * (inside + leaked) + outer_kept(self.recipe, each)
 

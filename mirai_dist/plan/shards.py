@@ -23,6 +23,7 @@ class ShardPlan:
 
     storage_dtype: of the sharded parameters (fp32 masters when trained). recompute: paths of the units whose
     activations are recomputed in backward. sync_every_micro_batch: reduce gradients after every micro-batch.
+    keep_attention: what attention gave is kept, and not recomputed.
     """
 
     units: tuple[Unit, ...]
@@ -30,6 +31,7 @@ class ShardPlan:
     compute_dtype: str
     recompute: tuple[str, ...]
     sync_every_micro_batch: bool
+    keep_attention: bool = False
 
 
 def wan_plan(parallel: Parallel, blocks: int, trained: bool) -> ShardPlan:
@@ -42,8 +44,9 @@ def wan_plan(parallel: Parallel, blocks: int, trained: bool) -> ShardPlan:
         units=units,
         storage_dtype="float32" if trained else parallel.compute_dtype,
         compute_dtype=parallel.compute_dtype,
-        recompute=paths if trained and parallel.recompute == "block" else (),
+        recompute=paths if trained and parallel.recompute != "none" else (),
         sync_every_micro_batch=parallel.sync_every_micro_batch,
+        keep_attention=trained and parallel.recompute == "selective",
     )
 
 

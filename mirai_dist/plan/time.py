@@ -60,9 +60,9 @@ def of_update(
     recipe: Recipe, update: Update, moved: traffic.Traffic, sharded: dict[str, traffic.Sharded], machine: Machine
 ) -> dict[str, Seconds]:
     """Seconds of each phase of one update, all micro-batches."""
-    recomputed = recipe.parallel.recompute == "block"
+    recomputed = recipe.parallel.recompute != "none"
     found: dict[str, float] = {}
-    for phase, counted in flops.of_update(recipe, update, recomputed).items():
+    for phase, counted in flops.of_update(recipe, update).items():
         backward = phase == "backward"
         phase = "backward" if phase == "recompute" else phase
         found[phase] = found.get(phase, 0.0) + _computing(counted, machine.gpu, backward)

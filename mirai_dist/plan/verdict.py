@@ -142,6 +142,8 @@ def _changes(place: Place) -> Iterator[Change]:
     if parallel.unit == "network":
         yield _parallel("unit", "block", "a gather for each block")
     if parallel.recompute == "none":
+        yield _parallel("recompute", "selective", "blocks run once more in backward, but for attention")
+    if parallel.recompute != "block":
         yield _parallel("recompute", "block", "blocks run once more in backward")
     batches = [stage.batch for stage in first.stages.values()]
     accumulates = any(batch.global_size > cluster.ranks * batch.micro_size for batch in batches)

@@ -32,7 +32,8 @@ def test_every_network_of_a_run_attends_with_what_the_recipe_names(threads) -> N
     with tiny.lively():
         threads(1)(body)
     told = effective(load(tiny.RECIPE, ("parallel.attention=sdpa-flash",)), 1, "cpu")["attention"]
-    assert told == {"dense": "sdpa-flash", "segments": "dense calls, segment by segment", "refused": {}}
+    calls = "dense calls, segment by segment"
+    assert told == {"dense": "sdpa-flash", "segments": calls, "behind": "dense calls", "refused": {}}
 
 
 def refusals(threads, recipe) -> list[str]:
@@ -59,9 +60,9 @@ def test_a_rank_that_would_compute_otherwise_stops_all(threads, monkeypatch: pyt
     monkeypatch.setattr(attending, "attention_of", attention_of)
     (said,) = set(refusals(threads, tiny.recipe()))
     assert said == (
-        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn, segment_attention dense and kernels "
-        "reference, rank 2 has attention flash-2, segment_attention dense and kernels reference; name what all have, "
-        "here, in segment_attention and kernels"
+        "parallel.attention: the nodes are not alike: rank 0 has attention cudnn, segment_attention dense, caches "
+        "dense and kernels reference, rank 2 has attention flash-2, segment_attention dense, caches dense and "
+        "kernels reference; name what all have, here, in segment_attention and kernels"
     )
 
 

@@ -281,6 +281,7 @@ CASES = {
         Case("block", False, "none", (LEAKY, CONTEXT)),
         Case("network", True, "none", (DETACHED, WINDOW)),
         Case("network", False, "block", (LEAKY,)),
+        Case("block", True, "selective", (DETACHED, CONTEXT)),
     ],
     4: [
         Case("block", True, "block", (LEAKY,)),

@@ -104,6 +104,8 @@ SLOW = [
     ("distil", ["parallel.unit=network", "parallel.compute_dtype=bfloat16", "parallel.replicas=2"]),
     ("distil", [*SAVING, "rollout.kv_grad=leaky", "stages.distil.batch.global_size=2"]),
     ("teacher", [*SAVING]),
+    ("distil", [*SAVING, "parallel.recompute=selective", "stages.distil.batch.global_size=2"]),
+    ("ar_teacher", [*SAVING, "parallel.recompute=selective"]),
     ("teacher", ["parallel.compute_dtype=bfloat16", "stages.teacher.batch.micro_size=2"]),
     ("ar_teacher", [*SAVING, "stages.ar_teacher.kind=diffusion_forcing", "parallel.compute_dtype=bfloat16"]),
     ("few_step", ["parallel.unit=block", "parallel.reshard_after_forward=true"]),

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from mirai_dist.attention import sdpa, select
+from mirai_dist.attention import sdpa, select, split
 from mirai_dist.attention.patterns import TORCH, Backends, BySegment, Pattern, Seen, Together, by_dense
-from mirai_dist.attention.select import Candidate, Need, Unavailable, first_that_serves
+from mirai_dist.attention.select import Candidate, Choice, Need, Unavailable, first_that_serves
 from mirai_dist.config import RecipeError, load, schema
 from mirai_dist.cycle.attending import attention_of
 from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import Clean, Held, History, WanModel, WanShape
+from mirai_kernels.chunk_attention.reference import chunk_attention
 
 TINY = Path(__file__).parents[1] / "procs" / "tiny.yaml"
 CPU = torch.device("cpu")
@@ -208,6 +211,7 @@ def test_the_choice_on_a_cpu() -> None:
     assert choice.told() == {
         "dense": "sdpa",
         "segments": "dense calls, segment by segment",
+        "behind": "dense calls",
         "refused": {"flash-2, xformers": "needs a CUDA device"},
     }
     named = select.select("sdpa-flash", "dense", NEED)
@@ -227,11 +231,79 @@ def test_flex_is_refused_where_it_cannot_train() -> None:
     assert raised.value.key == "segment_attention"
 
 
+def test_parts_are_joined_where_the_kernels_serve_and_a_library_gives_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton does not run here: what it would compute comes from the references, so that the probes decide."""
+    monkeypatch.setattr(split, "load_behind", lambda dense, by: split.Behind(dense, by, joined, Runs))
+    monkeypatch.setattr(split, "load_prefix", lambda by: split.Prefix(by, over_prefixes))
+    need = replace(NEED, no_kernels="")
+    choice = select.select("sdpa-flash", "auto", need)
+    assert (choice.behind, choice.segments) == (select.SPLIT, select.PREFIX) and not choice.refused
+    assert choice.backends.behind == split.Behind(sdpa.FLASH, "cpu", joined, Runs)
+    assert choice.told()["behind"] == "kernels that read a cache in parts"
+    assert select.select("sdpa", "dense", need).segments == "dense"
+    leaky = select.select("sdpa", "prefix", replace(need, cached_gradient=True))
+    assert (leaky.behind, leaky.segments) == ("dense", "prefix") and leaky.backends.behind == Together()
+    assert leaky.refused == (
+        ("split", "computes no gradient towards a cache, which rollout.kv_grad leaky asks for"),
+    )
+
+
+def test_parts_that_are_wrong_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    off = partial(joined, wrong=1e-2)
+    monkeypatch.setattr(split, "load_behind", lambda dense, by: split.Behind(dense, by, off, Runs))
+    monkeypatch.setattr(split, "load_prefix", lambda by: split.Prefix(by, lambda q, k, v, **_: sdpa.dense(q, k, v)))
+    choice = select.select("sdpa", "auto", replace(NEED, no_kernels="", dtype=torch.float32))
+    assert (choice.behind, choice.segments) == ("dense", "dense") and choice.backends == TORCH
+    reasons = dict(choice.refused)
+    assert reasons["prefix"].startswith("causal: its output is off by")
+    assert reasons["split"].startswith("its output is off by") and "at heads of 12" in reasons["split"]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "sdpa-flash"])
+def test_prefixes_are_refused_by_name_without_the_kernels(name: str) -> None:
+    with pytest.raises(Unavailable, match="prefix: goes with fused kernels") as raised:
+        select.select(name, "prefix", NEED)
+    assert raised.value.key == "segment_attention" and str(raised.value).endswith("choose auto or dense")
+
+
+def test_a_library_that_gives_no_parts_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "LIBRARIES", {})
+    choice = select.select("sdpa", "auto", replace(NEED, no_kernels="", head_dims=(12,)))
+    assert choice.behind == "dense"
+    assert dict(choice.refused)["split"] == "joins parts of cudnn or sdpa-flash, and attention is by sdpa"
+
+
+class Runs(NamedTuple):
+    keys: Tensor
+    values: Tensor
+    runs: tuple[int, ...]
+
+
+def joined(
+    q: Tensor, own: tuple[Tensor, Tensor], cached: Runs | None, by: str, wrong: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What `chunk_attention` computes, by its reference."""
+    assert by == "cpu"
+    past = None
+    if cached is not None:
+        pairs = list(zip(cached.runs[::2], cached.runs[1::2], strict=True))
+        past = tuple(torch.cat([each[:, a:b] for a, b in pairs], 1) for each in cached[:2])
+    out, lse = chunk_attention(q, own, past)  # type: ignore[arg-type]
+    return out + wrong, lse
+
+
+def over_prefixes(q: Tensor, k: Tensor, v: Tensor, segment_tokens: int, doubled: bool, by: str) -> Tensor:
+    assert by == "cpu"
+    rule = BySegment().teacher_forced if doubled else BySegment().causal
+    return rule(segment_tokens)(q, k, v)
+
+
 def test_a_recipe_s_words_are_those_of_the_selection() -> None:
     fields = schema.Parallel.__dataclass_fields__
     words = set(fields["attention"].metadata["choices"])
     assert words == {"auto", "flash", *(each.name for each in select.DENSE if not each.name.startswith("flash-"))}
-    assert set(fields["segment_attention"].metadata["choices"]) == {"auto", select.BY_SEGMENT, select.FLEX.name}
+    segments = {"auto", select.BY_SEGMENT, select.FLEX.name, select.PREFIX}
+    assert set(fields["segment_attention"].metadata["choices"]) == segments
 
 
 def test_a_refusal_is_one_line_of_the_recipe() -> None:
@@ -247,7 +319,12 @@ def test_a_refusal_is_one_line_of_the_recipe() -> None:
 
 def test_all_widths_of_heads_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[Need] = []
-    monkeypatch.setattr("mirai_dist.cycle.attending.select", lambda dense, segments, need: needs.append(need))
+
+    def noted(dense: str, segments: str, need: Need) -> Choice:
+        needs.append(need)
+        return Choice(TORCH, "sdpa", "dense", ())
+
+    monkeypatch.setattr("mirai_dist.cycle.attending.select", noted)
     attention_of(load(TINY).recipe, CPU)
     attention_of(load(TINY, ("parallel.compute_dtype=bfloat16",)).recipe, CPU, trained=False)
     assert needs == [Need("cpu", torch.float32, (12, 14)), Need("cpu", torch.bfloat16, (12, 14), trained=False)]

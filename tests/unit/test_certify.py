@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mirai_dist.attention import sdpa
+from mirai_dist.attention.patterns import TORCH
+from mirai_dist.attention.select import Choice, Need
 from mirai_dist.certify import certificate, exact, subjects
 from mirai_dist.certify.compare import FAILED, NOT_CERTIFIED, PASSED, Subject, drawn, judged, results
 from mirai_dist.certify.shapes import Dense, Tokens, shapes_of
@@ -173,6 +175,8 @@ def certified(folder: Path, found: schema.Recipe, monkeypatch: pytest.MonkeyPatc
     row = {"variant": "fused", "dtype": found.parallel.compute_dtype, "state": PASSED, "reason": ""}
     row |= {key: value for key, value in changed.items() if key in row}
     rows = [row | {"op": "token operator: placed", "shape": str(shape)} for shape in shapes_of(found).tokens]
+    written = {"op": "cache write", "variant": "triton", "state": PASSED, "reason": ""}
+    rows += [row | written | {"shape": str(shape)} for shape in shapes_of(found).tokens if shape.copies == 1]
     made = {"format": 1, "setting": here | {"triton": changed.get("triton", "3")}, "rows": rows}
     certificate.write(certificate.path_of(folder, found.name, "cuda"), made)
 
@@ -224,6 +228,50 @@ def test_a_backend_that_failed_does_not_serve(tmp_path: Path) -> None:
         attending.attention_of(recipe(tmp_path, "parallel.attention=sdpa-flash"), CPU)
     ignored = recipe(tmp_path, "parallel.attention=sdpa-flash", "parallel.certificates=ignore")
     assert attending.attention_of(ignored, CPU).dense == "sdpa-flash"
+
+
+@pytest.mark.parametrize("lacks", ["", "chunk attention", "segment prefix attention"])
+def test_parts_of_attention_are_joined_with_a_certificate_alone(
+    lacks: str, tmp_path: Path, on_a_gpu: fusing.Fusing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = recipe(tmp_path)
+    certified(tmp_path, found, monkeypatch)
+    path = certificate.path_of(tmp_path, found.name, "cuda")
+    made, shapes = json.loads(path.read_text()), shapes_of(found)
+    compared = {"chunk attention": [each for each in shapes.dense if each.past],
+                "segment prefix attention": shapes.segments}  # fmt: skip
+    for op, each in compared.items():
+        row = {"op": op, "variant": "cudnn", "dtype": found.parallel.compute_dtype, "state": PASSED, "reason": ""}
+        made["rows"] += [row | {"shape": str(shape)} for shape in each if op != lacks]
+    certificate.write(path, made)
+    joined = Choice(TORCH, "cudnn", "prefix", (), "split")
+
+    def select(dense: str, segments: str, need: Need) -> Choice:
+        return Choice(TORCH, "cudnn", "dense", (("split", need.no_kernels),)) if need.no_kernels else joined
+
+    monkeypatch.setattr(attending, "select", select)
+    choice = attending.attention_of(found, CUDA)
+    if not lacks:
+        assert choice is joined
+        return
+    assert choice.behind == choice.segments == "dense" and "are not certified for " in choice.refused[0][1]
+    ignored = attending.attention_of(recipe(tmp_path, "parallel.certificates=ignore"), CUDA)
+    assert ignored is joined
+    with pytest.raises(RecipeError, match="parallel.certificates: require, and .* are not certified for "):
+        attending.attention_of(recipe(tmp_path, "parallel.certificates=require"), CUDA)
+
+
+def test_selective_recomputation_wants_attention_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = load(tiny.RECIPE, ("parallel.recompute=selective",)).recipe
+    assert attending.attention_of(asked, CPU).dense == "sdpa"
+    for choice, unseen in (
+        (Choice(TORCH, "flash-3", "dense", ()), "that of flash-3 is unseen"),
+        (Choice(TORCH, "xformers", "flex", ()), "that of xformers and flex is unseen"),
+    ):
+        monkeypatch.setattr(attending, "select", lambda *_, choice=choice: choice)
+        with pytest.raises(RecipeError, match=f"parallel.recompute: selective keeps .* {unseen}; use block"):
+            attending.attention_of(asked, CPU)
+        assert attending.attention_of(asked, CPU, trained=False) is choice
 
 
 def test_a_file_that_is_no_certificate_is_named(tmp_path: Path) -> None:

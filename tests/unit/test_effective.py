@@ -50,7 +50,7 @@ def test_networks_are_told_by_their_plans() -> None:
     networks = used("parallel.unit=block", "parallel.compute_dtype=bfloat16", "parallel.recompute=block",
                     "parallel.reshard_after_forward=true")["networks"]
     trained = {"storage": "float32", "compute": "bfloat16", "reduce": "float32", "units": 3,
-               "reshard after forward": True, "recomputed blocks": 2}
+               "reshard after forward": True, "recomputed blocks": 2, "attention is kept": False}
     assert networks["generator"] == networks["critic"] == trained
     assert networks["teacher and foresight encoder"] == trained | {"storage": "bfloat16", "recomputed blocks": 0}
     assert networks["predictor"] == trained | {"units": 1, "reshard after forward": False, "recomputed blocks": 0}
@@ -89,7 +89,8 @@ def test_stages_with_foresight_are_named() -> None:
 
 def test_attention_is_told_with_who_was_refused() -> None:
     refused = {"flash-2, xformers": "needs a CUDA device"}
-    assert used()["attention"] == {"dense": "sdpa", "segments": "dense calls, segment by segment", "refused": refused}
+    calls = {"dense": "sdpa", "segments": "dense calls, segment by segment", "behind": "dense calls"}
+    assert used()["attention"] == {**calls, "refused": refused}
     with pytest.raises(RecipeError, match=r"^parallel.attention: sdpa-efficient cannot be used here"):
         used("parallel.attention=sdpa-efficient")
 

@@ -56,7 +56,8 @@ RULES = {
     "mirai_dist.models": Rule(("mirai_dist.attention", "mirai_dist.config.error"), never=("torch.distributed",)),
     "mirai_dist.models.wan.token_ops": Rule(("mirai_dist.models", "mirai_kernels"), never=("torch.distributed",)),
     "mirai_dist.attention": Rule(),
-    "mirai_dist.attention.select": Rule(("mirai_dist.attention", "mirai_kernels")),
+    "mirai_dist.attention.probe": Rule(("mirai_dist.attention", "mirai_kernels")),
+    "mirai_dist.attention.split": Rule(("mirai_dist.attention", "mirai_kernels")),
     "mirai_dist.parallel": Rule(("mirai_dist.plan.shards",)),
     "mirai_dist.state": Rule(("mirai_dist.config",)),
     "mirai_dist.observe": Rule(("mirai_dist.config",)),
@@ -203,7 +204,7 @@ def write_tree(root: Path) -> None:
         (folder / "c.py").write_text("from __future__ import annotations\nimport math\n")
     (root / "mirai_dist/plan/shards.py").write_text("from mirai_dist.config import c\n")
     (root / "mirai_dist/parallel/c.py").write_text("import torch.distributed\nfrom ..plan import shards\n")
-    (root / "mirai_dist/attention/select.py").write_text("from . import c\ndef f():\n    import mirai_kernels\n")
+    (root / "mirai_dist/attention/probe.py").write_text("from . import c\ndef f():\n    import mirai_kernels\n")
     (root / "mirai_dist/cycle/c.py").write_text("from ..method.c import f\nfrom mirai_dist import __version__\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache as remembered
 from itertools import permutations
@@ -241,7 +240,7 @@ def test_gradient_begins_with_a_segment_of_the_rollout(start: int) -> None:
 def test_a_leaky_rollout_lets_go_of_what_left_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     contexts, written = [], rollout_module._written
 
-    def watched(seen: Sequence[Any]) -> KeysValues:
+    def watched(seen: tuple[Any, ...]) -> KeysValues:
         copies = written(seen)
         contexts.append(ref(copies[0][0]))
         return copies

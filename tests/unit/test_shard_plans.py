@@ -15,7 +15,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "tiny" / "video_mirai.yaml"
 EVERY = [
     schema.Parallel(compute_dtype=dtype, unit=unit, reshard_after_forward=reshard, recompute=recompute)
     for dtype, unit, reshard, recompute in itertools.product(
-        ("bfloat16", "float32"), ("block", "network"), (True, False), ("block", "none"))
+        ("bfloat16", "float32"), ("block", "network"), (True, False), ("block", "selective", "none"))
 ]
 
 
@@ -35,8 +35,9 @@ def test_every_recipe_of_the_section(parallel: schema.Parallel) -> None:
         assert plan.units[-1].path == "" and len({unit.path for unit in plan.units}) == len(plan.units)
     assert trained.storage_dtype == "float32", "masters are wide"
     assert frozen.storage_dtype == parallel.compute_dtype, "nothing is gained by storing more than is computed with"
-    assert trained.recompute == (("blocks.0", "blocks.1") if parallel.recompute == "block" else ())
-    assert frozen.recompute == (), "a frozen network has no backward"
+    assert trained.recompute == (("blocks.0", "blocks.1") if parallel.recompute != "none" else ())
+    assert trained.keep_attention == (parallel.recompute == "selective")
+    assert frozen.recompute == () and not frozen.keep_attention, "a frozen network has no backward"
     assert trained.units == frozen.units
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirai_dist.config import load
 from mirai_dist.cycle.roles import wan_shape
@@ -405,3 +406,27 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
     with torch.no_grad():
         assert torch.equal(plain(video, timesteps, text).velocity, saving(video, timesteps, text).velocity)
     assert runs == 3
+
+
+def test_attention_is_kept_but_over_few_keys() -> None:
+    """The same gradients from one call of attention a block over the video where whole recomputation makes two."""
+    calls: list[int] = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func._schema.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+                calls.append(args[1].shape[2])
+            return func(*args, **(kwargs or {}))
+
+    video, text, timesteps = latents(1, 1, 2), prompts(2, 1), torch.tensor([700.0])
+    found = {}
+    for keep in (False, True):
+        network = wan()
+        recompute(network, [f"blocks.{i}" for i in range(SHAPE.blocks)], keep_attention=keep)
+        calls.clear()
+        with Counted():
+            network(video, timesteps, text).velocity.square().mean().backward()
+        found[keep] = gradients(network)
+        own, texts = calls.count(2 * TOKENS), calls.count(text.shape[1])
+        assert (own, texts) == ((1 if keep else 2) * SHAPE.blocks, 2 * SHAPE.blocks)
+    assert largest_difference(found[False], found[True]) == 0

@@ -29,7 +29,7 @@ def chunk_attention(
     Until backward the cached runs must hold what they held; other tokens of the cache may be written.
     ValueError for what the kernels do not do.
     """
-    k, v = (each.contiguous() for each in own)
+    k, v = own if _readable(q, *own) else (each.contiguous() for each in own)
     if k.shape != v.shape or not k.shape[1]:
         raise ValueError(f"own keys {tuple(k.shape)} and values {tuple(v.shape)}; they are as many, and not none")
     check_tensors((q, k, v, *(cached[:2] if cached else ())), by)
@@ -39,10 +39,21 @@ def chunk_attention(
     return _forward(q.contiguous(), k, v, keys, values, runs, by)
 
 
+def _readable(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether keys and values are read where they lie, as in a cache: tokens of a sample one after another. Gradients
+    are contiguous, and so are keys that have some."""
+    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
+    return k.stride() == v.stride() and k.stride()[1:] == _dense(k) and not differentiated
+
+
+def _dense(x: Tensor) -> tuple[int, int, int]:
+    """Strides of tokens, heads and numbers where tokens [B, N, H, D] of a sample lie one after another."""
+    return x.shape[2] * x.shape[3], x.shape[3], 1
+
+
 def _check_cached(cached: Cached) -> None:
     keys, values, runs = cached
-    dense = (keys.shape[2] * keys.shape[3], keys.shape[3], 1)
-    if keys.shape != values.shape or keys.stride() != values.stride() or keys.stride()[1:] != dense:
+    if keys.shape != values.shape or keys.stride() != values.stride() or keys.stride()[1:] != _dense(keys):
         raise ValueError("cached keys and values lie alike, and tokens of a sample one after another; no copy is made")
     if len(runs) > len(RUN_ENDS):
         raise ValueError(f"runs {runs}: at most {len(RUN_ENDS) // 2}")

@@ -28,7 +28,7 @@ def outputs_and_gradients(ops: TokenOps, kind: str, dtype: torch.dtype) -> list[
     latent, text = tiny_wan.latents(1, 1, frames, dtype), tiny_wan.prompts(2, 1, dtype)
     time = torch.full((1, frames), 500.0, dtype=dtype)
     size = (1, tiny_wan.TOKENS, SHAPE.heads, SHAPE.dim // SHAPE.heads)
-    past = tuple(drawn(seed, *size, dtype=dtype) for seed in (3, 4))
+    past = drawn(3, *size, dtype=dtype), drawn(4, *size, dtype=dtype)
     options = {
         "bidirectional": {},
         "teacher forced": {"clean": Clean(tiny_wan.latents(5, 1, frames, dtype)), "segment_frames": 1},
