@@ -1,7 +1,7 @@
 """The tiny recipe, trained with the fused kernels and in plain torch: metrics and weights agree as roundings let them.
 
-At the recipe's widths, with fewer tokens, samples and blocks: an interpreted kernel takes milliseconds a token. The whole
-recipe, and in bfloat16, on a GPU: tests/gpu/test_recipe_runs.py.
+At the recipe's widths, with fewer tokens, samples and blocks: an interpreted kernel takes milliseconds a token. The
+whole recipe, and in bfloat16, on a GPU: tests/gpu/test_recipe_runs.py.
 """
 
 from __future__ import annotations
