@@ -17,14 +17,15 @@ interruption, changes nothing.
 What a segment attends to (frames are latent frames; L a segment, W the window, S the sinks, n the segment's first
 frame, counted from 0):
 
-- no window (W = 0): all frames 0 .. n - 1, and itself. The cache holds all frames but the last segment.
+- no window (W = 0): all frames 0 .. n - 1, and itself. The cache holds all frames.
 - a window: W counts the present segment. While n + L <= W: all frames before, nothing differs from no window.
 - once it has slid: the S first frames of the video (sinks), the newest W - L - S frames, and itself.
 - positions: the segment and the newest frames keep their absolute positions in time. The sinks are shown at the S
   positions directly before the oldest of the newest frames, n - (W - L) .. n - (W - L) + S - 1, by rotating their
   stored keys again. So all of them lie where an unslid window has its frames, and no two tokens are ever further
   apart in time than W - 1 frames, as in a training rollout of W frames.
-- the cache holds W - L frames whatever the length; 2 x blocks x (W - L) x tokens a frame x width numbers.
+- the cache holds W frames whatever the length, the present segment among them: 2 x blocks x W x tokens a frame x
+  width numbers.
 - a video may have 1,024 latent frames (255 s at 16 fps): Wan's rotary table ends there, and so does ours.
 
 A video that is longer than a training rollout slides a window by default: `rollout.window_frames`, else

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import Held, KVCache, WanModel, WanShape
 
 # heads of 20 channels rotate 8 with time, 6 with height, 6 with width: uneven, as 44, 42, 42 are
@@ -40,6 +41,20 @@ def wan(seed: int = 0, dtype: torch.dtype = torch.float64, shape: WanShape = SHA
     network = WanModel(shape).to(dtype)
     fill(network, seed)
     return network
+
+
+def linear_predictor(matrix: Tensor) -> Predictor:
+    """A predictor without blocks: it maps states by the matrix [dim, target_dim]."""
+    dim, target_dim = matrix.shape
+    predictor = Predictor(dim, target_dim, heads=1, blocks=0, gated=False).to(matrix.dtype)
+    with torch.no_grad():
+        predictor.projection.weight.copy_(matrix.T)
+    return predictor
+
+
+def predicted(predictor: Predictor, states: Tensor) -> Tensor:
+    """What a predictor compares with targets, [..., S, target_dim]."""
+    return predictor.projection(predictor.hidden(states))
 
 
 def latents(seed: int, batch: int, frames: int, dtype: torch.dtype = torch.float64) -> Tensor:

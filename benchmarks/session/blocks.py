@@ -26,7 +26,7 @@ from mirai_dist.models.wan.token_ops import PLAIN, Placement, TokenOps, load
 
 # Passes over tokens [N, dim] that an operator cannot do without: what it reads and writes, forward and backward.
 PASSES = {"placed": (4, 6), "queries": (2, 3), "added and normed": (4, 6), "added and modulated": (4, 6)}
-PASSES |= {"modulated": (2, 3), "added": (3, 4)}
+PASSES |= {"gated and modulated": (4, 6), "modulated": (2, 3), "added": (3, 4)}
 # KB a token that a block moves outside products and attention, forward and backward, by the width of its model, as
 # benchmarks/kernels/count_bytes.py counts; other widths in proportion to the smaller.
 MOVED = {

@@ -78,7 +78,22 @@ class Head:
         return f"{self.tokens} x {self.dim} to {self.target_dim}"
 
 
-Shape = Dense | BySegment | Tokens | Head
+@dataclass(frozen=True, order=True)
+class Fusion:
+    """Targets of the foresight loss from the encoder's features [batch, segments * segment_tokens, dim]."""
+
+    batch: int
+    segments: int
+    segment_tokens: int
+    dim: int
+    offsets: tuple[int, ...]
+
+    def __str__(self) -> str:
+        size = f"{self.batch} x {self.segments} segments of {self.segment_tokens} x {self.dim}"
+        return f"{size}, offsets {', '.join(map(str, self.offsets))}"
+
+
+Shape = Dense | BySegment | Tokens | Head | Fusion
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,7 @@ class Shapes:
     segments: tuple[BySegment, ...]
     tokens: tuple[Tokens, ...]
     heads: tuple[Head, ...]
+    fusions: tuple[Fusion, ...]
 
 
 def shapes_of(recipe: Recipe) -> Shapes:
@@ -97,13 +113,20 @@ def shapes_of(recipe: Recipe) -> Shapes:
     made = [*passes_of(recipe)]
     wan = [each for each in made if each.role != "predictor"]
     latest: dict[Tokens, int] = {}
-    for found, first in (_tokens(recipe, each) for each in wan):
+    for found, first in (_tokens(recipe, each) for each in made):
         latest[found] = max(first, latest.get(found, 0))
     placed = (replace(found, first_frame=first) for found, first in latest.items())
     heads = {
-        Head(each.batch * each.tokens, recipe.generator.dim, each.answers * recipe.teacher.dim)
+        Head(sequences * each.tokens, recipe.generator.dim, recipe.teacher.dim)
         for each in made
-        if each.role == "predictor"
+        for sequences in each.answers
+        if sequences
+    }
+    segments, offsets = recipe.video.latent_frames // recipe.video.frames_per_segment, tuple(recipe.foresight.offsets)
+    fusions = {
+        Fusion(each.batch, segments, each.tokens // segments, recipe.teacher.dim, offsets)
+        for each in made
+        if each.phase == "encoder"
     }
     return Shapes(
         recipe.parallel.compute_dtype,
@@ -111,6 +134,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         tuple(sorted({call for each in wan for call in _segments(recipe, each)})),
         tuple(sorted(placed)),
         tuple(sorted(heads)),
+        tuple(sorted(fusions)),
     )
 
 
@@ -131,11 +155,15 @@ def _width(recipe: Recipe, role: str) -> tuple[int, int]:
 
 def _dense(recipe: Recipe, each: Pass) -> Iterator[Dense]:
     width = _width(recipe, each.role)
-    past = 0 if each.role == "predictor" else each.past  # of a predictor it says something else
     for queries, keys in each.attention:
-        yield Dense(each.batch, queries, keys, *width, past)
+        yield Dense(each.batch, queries, keys, *width, _past(each))
     if each.role != "predictor":
         yield Dense(each.batch, each.tokens, recipe.text.length, *width)
+
+
+def _past(each: Pass) -> int:
+    """Tokens that a pass has behind it; of a predictor the field says something else."""
+    return 0 if each.role == "predictor" else each.past
 
 
 def _segments(recipe: Recipe, each: Pass) -> Iterator[BySegment]:
@@ -150,4 +178,4 @@ def _tokens(recipe: Recipe, each: Pass) -> tuple[Tokens, int]:
     grid = (each.tokens // each.halves // frame, recipe.video.latent_height // 2, recipe.video.latent_width // 2)
     network = network_of(each.role, recipe)
     vectors = each.times * each.halves if each.times > 1 else 1
-    return Tokens(each.batch, network.dim, network.heads, grid, each.halves, vectors), each.past // frame
+    return Tokens(each.batch, network.dim, network.heads, grid, each.halves, vectors), _past(each) // frame

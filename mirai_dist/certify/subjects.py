@@ -18,12 +18,14 @@ from mirai_dist.attention.patterns import Pattern, Segments
 from mirai_dist.attention.select import DENSE, FLEX, Candidate, Need
 from mirai_dist.certify import exact
 from mirai_dist.certify.compare import Function, Subject, drawn
-from mirai_dist.certify.shapes import BySegment, Dense, Head, Shapes, Tokens
+from mirai_dist.certify.shapes import BySegment, Dense, Fusion, Head, Shapes, Tokens
 from mirai_dist.models.wan.model import RmsNorm
 from mirai_dist.models.wan.token_ops import EPS, PLAIN, Placement, TokenOps, load
+from mirai_kernels.cosine_head import reference as cosine_reference
 
 ATTENTION, SEGMENTS, TOKENS = "attention", "attention over segments", "token operator"  # what a run chooses by
-CHUNK, PREFIX, CACHE, COSINE = "chunk attention", "segment prefix attention", "cache write", "cosine head"
+COSINE, FUSION = "cosine head", "target fusion"  # and these
+CHUNK, PREFIX, CACHE = "chunk attention", "segment prefix attention", "cache write"
 NO_CUDA = "needs a CUDA device"
 LIBRARIES = ("triton", "cudnn", "flash")  # by which our attention operators compute the parts that libraries can
 
@@ -38,11 +40,12 @@ def subjects(shapes: Shapes, device: torch.device) -> Iterator[Subject]:
         yield from _segments(whole, need)
     for tokens in shapes.tokens:
         yield from _over_tokens(tokens, device)
+    yield from (_cosine_head(head, need.dtype, _unloaded(device)) for head in shapes.heads)
+    yield from (_target_fusion(fusion, _unloaded(device)) for fusion in shapes.fusions)
     kernels = _Kernels(_unloaded(device), need.dtype)
     yield from (kernels.chunk_attention(call) for call in shapes.dense if call.past)
     yield from (kernels.prefix_attention(whole) for whole in shapes.segments)
     yield from (kernels.cache_write(tokens) for tokens in shapes.tokens if tokens.copies == 1)
-    yield from (kernels.cosine_head(head) for head in shapes.heads)
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -168,6 +171,7 @@ def token_operators(shape: Tokens) -> dict[str, tuple[str, Made]]:
         "queries": ("xw", queries),
         "added and normed": ("xxvww", normed),
         "added and modulated": ("xxvv", lambda ops: ops.added_modulated),
+        "gated and modulated": ("xxvvv", lambda ops: ops.added_modulated),
         "modulated": ("xvv", lambda ops: lambda *inputs: [ops.modulated(*inputs)]),
         "added": ("xxv", lambda ops: lambda *inputs: [ops.added(*inputs)]),
     }
@@ -198,7 +202,47 @@ def _unloaded(device: torch.device) -> str:
     return ""
 
 
-# --- what joins attention's parts, writes a cache, ends in a cosine ---------------------------------------------
+# --- the foresight head ------------------------------------------------------------------------------------------
+
+
+def _cosine_head(head: Head, dtype: torch.dtype, missing: str) -> Subject:
+    """The target is a constant. missing: why the kernels cannot be had here."""
+    target = lambda x: drawn(x.device, 9, head.tokens, head.target_dim).to(dtype).to(x)
+
+    def exactly(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        return [cosine_reference.cosine_head(hidden, weight, target(hidden))]
+
+    def plain(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        return [cosine_similarity((hidden @ weight.T).float(), target(hidden).float(), dim=-1).mean()]
+
+    def fused(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        from mirai_kernels.cosine_head.op import cosine_head
+
+        return [cosine_head(hidden, weight, target(hidden))]
+
+    sizes = (head.tokens, head.dim), (head.target_dim, head.dim)
+    inputs = lambda device: [drawn(device, seed, *size) for seed, size in enumerate(sizes)]
+    work = float(head.tokens * head.dim * head.target_dim)
+    return Subject(COSINE, str(head), inputs, exactly, plain, {"fused": missing or fused}, work=work)
+
+
+def _target_fusion(fusion: Fusion, missing: str) -> Subject:
+    """The reference rounds once, where it stores: so do the kernels."""
+
+    def plain(features: Tensor) -> list[Tensor]:
+        return [cosine_reference.fuse_targets(features, fusion.segments, fusion.offsets)]
+
+    def fused(features: Tensor) -> list[Tensor]:
+        from mirai_kernels.cosine_head.op import fuse_targets
+
+        return [fuse_targets(features, fusion.segments, fusion.offsets)]
+
+    size = fusion.batch, fusion.segments * fusion.segment_tokens, fusion.dim
+    inputs = lambda device: [drawn(device, 0, *size)]
+    return Subject(FUSION, str(fusion), inputs, plain, plain, {"fused": missing or fused}, gradient=False)
+
+
+# --- what joins attention's parts and writes a cache -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -264,27 +308,6 @@ class _Kernels:
 
         inputs = partial(token_inputs, shape, "xxxww")
         return Subject(CACHE, str(shape), inputs, plain, plain, self._by(made, ("triton",)), gradient=False)
-
-    def cosine_head(self, head: Head) -> Subject:
-        from mirai_kernels.cosine_head import reference
-
-        target = lambda x: drawn(x.device, 9, head.tokens, head.target_dim).to(self.dtype).to(x)
-
-        def exactly(hidden: Tensor, weight: Tensor) -> list[Tensor]:
-            return [reference.cosine_head(hidden, weight, target(hidden))]
-
-        def plain(hidden: Tensor, weight: Tensor) -> list[Tensor]:
-            return [cosine_similarity((hidden @ weight.T).float(), target(hidden).float(), dim=-1).mean()]
-
-        def made(by: str) -> Function:
-            from mirai_kernels.cosine_head.op import cosine_head
-
-            return lambda hidden, weight: [cosine_head(hidden, weight, target(hidden))]
-
-        sizes = (head.tokens, head.dim), (head.target_dim, head.dim)
-        inputs = lambda device: [drawn(device, seed, *size) for seed, size in enumerate(sizes)]
-        work = float(head.tokens * head.dim * head.target_dim)
-        return Subject(COSINE, str(head), inputs, exactly, plain, self._by(made, ("triton",)), work=work)
 
 
 def _written(shape: Tokens, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor) -> list[Tensor]:

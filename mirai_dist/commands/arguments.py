@@ -119,7 +119,7 @@ windows (latent frames; 1 + 4 (n - 1) pixel frames):
   rollout.sink_frames, else one segment. Both are multiples of video.frames_per_segment.
   A segment of L frames sees itself, the newest W - L - S frames and the first S frames of the video (sinks). Until
   the window slides nothing differs from no window. Then the sinks are shown at the positions directly before the
-  oldest of the newest frames, so no distance in time exceeds W - 1, as in training. The cache holds W - L frames.
+  oldest of the newest frames, so no distance in time exceeds W - 1, as in training. The cache holds W frames.
   A video ends at 1,024 latent frames. 16 fps: 5 s are 21 frames, 30 s are 123 (segments of 3) or 121 (of 1).
 """
 

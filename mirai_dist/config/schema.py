@@ -343,9 +343,9 @@ class Parallel:
     )
     kernels: str = key(
         "auto",
-        help="what computes norms, rotary positions and gates, and joins attention's parts; fused: Triton kernels that "
-        "move each tensor once; auto: those, where they are found exact on this machine, which CPUs cannot run (but in "
-        "Triton's interpreter, TRITON_INTERPRET=1: fused takes them there, for checks)",
+        help="what computes norms, rotary positions, gates and the foresight head, and joins attention's parts; fused: "
+        "Triton kernels that move each tensor once; auto: those, where they are found exact on this machine, which "
+        "CPUs cannot run (but in Triton's interpreter, TRITON_INTERPRET=1: fused takes them there, for checks)",
         choices=("auto", "reference", "fused"),
     )
     certificates: str = key(

@@ -17,7 +17,7 @@ from mirai_dist.attention import split
 from mirai_dist.attention.select import PREFIX, SPLIT, Choice
 from mirai_dist.certify import certificate
 from mirai_dist.certify.shapes import shapes_of
-from mirai_dist.certify.subjects import ATTENTION, CACHE, CHUNK, SEGMENTS, TOKENS
+from mirai_dist.certify.subjects import ATTENTION, CACHE, CHUNK, COSINE, FUSION, SEGMENTS, TOKENS
 from mirai_dist.certify.subjects import PREFIX as OVER_PREFIXES
 from mirai_dist.config import RecipeError, schema
 
@@ -36,11 +36,15 @@ def lacking_kernels(recipe: schema.Recipe, device: torch.device) -> str:
     """Why the fused kernels may not be taken; empty: they may."""
     if recipe.parallel.certificates == "ignore" or device.type == "cpu":
         return ""
-    shapes = shapes_of(recipe).tokens
-    cached = [each for each in shapes if each.copies == 1]
-    return certificate.lacking(recipe, device.type, TOKENS, "fused", shapes) or certificate.lacking(
-        recipe, device.type, CACHE, "triton", cached
+    shapes = shapes_of(recipe)
+    asked = (
+        (TOKENS, "fused", shapes.tokens),
+        (CACHE, "triton", [each for each in shapes.tokens if each.copies == 1]),
+        (COSINE, "fused", shapes.heads),
+        (FUSION, "fused", shapes.fusions),
     )
+    reasons = (certificate.lacking(recipe, device.type, *each) for each in asked)
+    return next(filter(None, reasons), "")
 
 
 def lacking_parts(recipe: schema.Recipe, device: torch.device, choice: Choice) -> str:

@@ -1,4 +1,5 @@
-"""What computes a network's norms, positions and gates on this machine: plain torch, or the fused kernels."""
+"""What computes a network's norms, positions and gates, and the foresight head, on this machine: plain torch, or the
+fused kernels. One choice for all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mirai_dist.config import RecipeError, schema
+from mirai_dist.cycle import comparing
 from mirai_dist.cycle.certified import MAKE, lacking_kernels
+from mirai_dist.method.foresight import PRESETS, Comparison, plain
 from mirai_dist.models.wan.model import RmsNorm
 from mirai_dist.models.wan.token_ops import EPS, PLAIN, Placement, TokenOps, load
 
@@ -41,10 +44,11 @@ def fusing_of(recipe: schema.Recipe, device: torch.device) -> Fusing:
         return Fusing(PLAIN, asked)
     networks = (recipe.teacher, recipe.generator, recipe.critic)
     shapes = tuple(sorted({(network.dim, network.heads) for network in networks}))
+    head = recipe.generator.dim, recipe.teacher.dim
     if device.type == "cpu" and not (asked == "fused" and _interpreted()):
         found = Fusing(PLAIN, "reference", "run on GPUs")
     else:
-        found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes)
+        found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes, head)
     uncertified = "" if found.reason else lacking_kernels(recipe, device)
     if uncertified:
         found = Fusing(PLAIN, "reference", f"{uncertified}; {MAKE}")
@@ -60,6 +64,15 @@ def ops_of(recipe: schema.Recipe, device: torch.device) -> TokenOps:
     return fusing_of(recipe, device).ops
 
 
+def comparison_of(recipe: schema.Recipe, device: torch.device) -> Comparison:
+    """What compares predictions with targets, by the same choice."""
+    arithmetic = PRESETS[recipe.foresight.preset]
+    # The release compares in the features' own dtype, rounding at every step; the kernels know float32 alone.
+    if fusing_of(recipe, device).name == "fused" and arithmetic.wide_fusion:
+        return comparing.load(arithmetic)
+    return plain(arithmetic)
+
+
 def _interpreted() -> bool:
     """Whether this process interprets Triton's kernels (TRITON_INTERPRET=1 when triton was imported)."""
     try:
@@ -70,17 +83,23 @@ def _interpreted() -> bool:
 
 
 @lru_cache
-def _fused(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Fusing:
-    """The fused kernels if they are exact here, else plain torch and why. Probed once a process."""
+def _fused(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], head: tuple[int, int]) -> Fusing:
+    """The fused kernels if they are exact here, else plain torch and why. Probed once a process.
+
+    shapes: width and heads of every network. head: widths that the predictor maps from and to.
+    """
     try:
-        ops = load()
+        ops, comparison = load(), comparing.load(PRESETS["paper"])
     except ModuleNotFoundError as error:
         return Fusing(PLAIN, "reference", f"need the package {error.name}")
-    for dim, heads in shapes:
-        with torch.device("cpu"):  # whoever asks may be building a network on the meta device
+    with torch.device("cpu"):  # whoever asks may be building a network on the meta device
+        for dim, heads in shapes:
             error = largest_error(ops, dim, heads, torch.device(device), dtype)
-        if not error <= BOUNDS[dtype]:
-            return Fusing(PLAIN, "reference", f"are {error:.1e} from exact at {dim} channels, {heads} heads")
+            if not error <= BOUNDS[dtype]:
+                return Fusing(PLAIN, "reference", f"are {error:.1e} from exact at {dim} channels, {heads} heads")
+        error = comparing.largest_error(comparison, head, torch.device(device), dtype)
+    if not error <= BOUNDS[dtype]:
+        return Fusing(PLAIN, "reference", f"are {error:.1e} from exact in a head of {head[0]} to {head[1]} channels")
     return Fusing(ops, "fused")
 
 
@@ -123,11 +142,16 @@ def _results(
     x, y, gate, scale, shift = leaves = [each.requires_grad_() for each in inputs]
     layer = _Layer(heads, *norms[:2])
     places = ops.place(Placement((1, 2, 3), first_frame=5, copies=2), x.shape[-1] // heads, x)
+    keys, values = ops.keys_values(layer, y)
     outputs = [
         *ops.placed(layer, x, places),
         ops.queries(layer, y),
+        keys,
+        values,
         *ops.added_normed(x, y, gate, norms[2]),
         *ops.added_modulated(x, y, scale, shift),
+        *ops.added_modulated(x, y, scale, shift, gate),
+        *ops.added_modulated(x, y, None, None),
         ops.modulated(x, scale, shift),
         ops.added(x, y, gate),
     ]

@@ -30,7 +30,7 @@ from mirai_dist.method.dmd import Conditioning, dmd_loss, noised, score_differen
 from mirai_dist.method.flow import euler_grid, shifted
 from mirai_dist.method.ode import OdePairs, ode_loss
 from mirai_dist.method.rollout import RolloutInputs, rollout, scored_clip
-from mirai_dist.method.stage_two_foresight import Clip, ground_truth_targets, segment_states, stage_two_loss
+from mirai_dist.method.stage_two_foresight import Clip, ground_truth_targets, segment_states
 from mirai_dist.method.teacher_forcing import (
     Levels,
     bidirectional_loss,
@@ -115,12 +115,12 @@ def critic_update(stage: DmdStage, at: Moment) -> None:
 def replay_update(stage: DmdStage) -> None:
     """One predictor update on the cached pairs of the last generator update; nothing else moves."""
     assert stage.predictor is not None
-    predictor, arithmetic = stage.predictor, stage.arithmetic
+    predictor, comparison = stage.predictor, stage.comparison
 
     def loss_of(samples: list[int]) -> Tensor:
         with stage.ledger.phase("replay"):
-            pairs = stage.replay.pairs(samples)
-            loss, cosine = foresight_method.foresight_loss(predictor.network, *pairs, arithmetic)
+            states, targets = stage.replay.pairs(samples)
+            loss, cosine = foresight_method.foresight_loss(predictor.network, states, [targets], comparison)
         stage.metrics.add("cosine/replay", cosine)
         return stage.recipe.foresight.weight * loss
 
@@ -223,12 +223,12 @@ def _foresight_on_truth(stage: FewStepStage, clean: Tensor, states: Tensor, text
     causal_frames = video.frames_per_segment if settings.encoder_attention == "causal" else 0
     with stage.ledger.phase("encoder"):
         features = features_of(stage.encoder.network, stage.encoder_blocks, causal_frames)(clean, text)
-        targets = ground_truth_targets(features, clip, offsets, settings.fusion, stage.arithmetic)
+        targets = ground_truth_targets(features, clip, offsets, settings.fusion, stage.comparison)
     if settings.targets == "shuffled":
         targets = [each.roll(1, dims=0) for each in targets]
     with stage.ledger.phase("predictor"):
         read = segment_states(states, clip, offsets, settings.fusion)
-        loss, cosine = stage_two_loss(stage.predictor.network, read, targets, stage.arithmetic)
+        loss, cosine = foresight_method.foresight_loss(stage.predictor.network, read, targets, stage.comparison)
     stage.metrics.add("loss/foresight", loss)
     stage.metrics.add("cosine/foresight", cosine)
     return loss
@@ -281,15 +281,13 @@ def _foresight(stage: DmdStage, samples: list[int], rolled: Rolled, text: Tensor
     causal_frames = stage.recipe.video.frames_per_segment if settings.encoder_attention == "causal" else 0
     with stage.ledger.phase("encoder"):
         encode = features_of(stage.teacher.network, stage.encoder_blocks, causal_frames)
-        targets = foresight_method.fuse_targets(
-            encode(rolled.latents.detach(), text), segments, settings.offsets, stage.arithmetic
-        )
+        targets = stage.comparison.fuse(encode(rolled.latents.detach(), text), segments, settings.offsets)
     if settings.targets == "shuffled":
         targets = targets.roll(1, dims=0)
     with stage.ledger.phase("predictor"):
         supervised = foresight_method.supervised_segments(segments, settings.offsets)
         pairs = torch.stack([rolled.states[i] for i in supervised], dim=1)
-        loss, cosine = foresight_method.foresight_loss(stage.predictor.network, pairs, targets, stage.arithmetic)
+        loss, cosine = foresight_method.foresight_loss(stage.predictor.network, pairs, [targets], stage.comparison)
     stage.replay.store(samples, pairs, targets)
     stage.metrics.add("loss/foresight", loss)
     stage.metrics.add("cosine/foresight", cosine)

@@ -142,6 +142,7 @@ class Builder:
                 self.recipe.foresight.predictor_blocks,
                 gated,
                 backends,
+                ops_of(self.recipe, self.draws.device),
             )
         plan = predictor_plan(self.recipe.parallel, bf16_masters)
         self.engine.build(model, plan, self._drawn("predictor", predictor_model.initialise))

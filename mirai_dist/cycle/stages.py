@@ -18,6 +18,7 @@ from mirai_dist.config import FileError, schema
 from mirai_dist.config.rules import accumulation
 from mirai_dist.cycle import phases
 from mirai_dist.cycle.encoders import StoredClips, WorldClips, vae_of
+from mirai_dist.cycle.fusing import comparison_of
 from mirai_dist.cycle.roles import Builder, Fill, Role, Training, kv_cache, rollout_settings
 from mirai_dist.cycle.starts import Started, Starts, fill
 from mirai_dist.data.conditions import Conditions
@@ -251,6 +252,7 @@ class FewStepStage(Stage):
         self.encoder: Role | None = None
         self.predictor: Role | None = None
         self.arithmetic, depth = PRESETS[recipe.foresight.preset], recipe.foresight.depth
+        self.comparison = comparison_of(recipe, run.draws.device)
         self.encoder_blocks = captured_blocks(recipe.teacher.blocks, depth, self.arithmetic)
         self.generator_blocks = 0
         if settings.weight > 0:
@@ -328,6 +330,7 @@ class DmdStage(Stage):
         draws = self.layout.global_size * len(self.positions)
         self.alarms = Alarms(recipe.alarms, dmd_alarms(recipe.alarms, draws))
         self.arithmetic = PRESETS[recipe.foresight.preset]
+        self.comparison = comparison_of(recipe, run.draws.device)
         self.rollout = rollout_settings(recipe)
         critic_training = Training(recipe.dmd.critic_optimizer, updates * recipe.dmd.critic_updates)
         generator_training = Training(self.stage.optimizer, updates, self.stage.ema)

@@ -8,10 +8,11 @@ timestep 0. The target of segment i is the mean of the features of segments i + 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, linear
 
 from mirai_dist.method.arithmetic import PRESETS as PRESETS
 from mirai_dist.method.arithmetic import Arithmetic, supervised_segments
@@ -41,11 +42,40 @@ def cosine(predicted: Tensor, targets: Tensor, arithmetic: Arithmetic) -> Tensor
     return cosine_similarity(predicted, targets.to(predicted.dtype), dim=-1).mean()
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How predictions are compared with targets: the arithmetic, and what computes it.
+
+    fuse: targets [B, I, S, D] of features [B, segments * S, D], segments and offsets, as `fuse_targets`; only their
+    directions matter, lengths may differ. cosine: mean cosine of hidden states [..., dim] times a weight [D, dim], and
+    targets [..., D].
+    """
+
+    arithmetic: Arithmetic
+    fuse: Callable[[Tensor, int, Sequence[int]], Tensor]
+    cosine: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(arithmetic: Arithmetic) -> Comparison:
+    """In plain torch: all predictions are held, to be compared."""
+    return Comparison(
+        arithmetic,
+        lambda features, segments, offsets: fuse_targets(features, segments, offsets, arithmetic),
+        lambda hidden, weight, targets: cosine(linear(hidden, weight), targets, arithmetic),
+    )
+
+
+Predict = Callable[[Tensor, Sequence[Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]], Tensor]
+
+
 def foresight_loss(
-    predictor: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, arithmetic: Arithmetic
+    predictor: Predict, states: Tensor, targets: Sequence[Tensor], comparison: Comparison
 ) -> tuple[Tensor, Tensor]:
-    """(loss, cosine) of states [B, I, S, dim] against targets [B, I, S, D]; segments become batch, so that
-    nothing crosses them. The loss is the mean over supervised segments of 1 - cos (release: -cos)."""
-    predicted = predictor(states.flatten(0, 1))
-    similarity = cosine(predicted, targets.flatten(0, 1), arithmetic)
-    return arithmetic.constant - similarity, similarity
+    """(loss, cosine) of states [B, I, S, dim] against the targets of each answer of the predictor, [B, I or fewer, S,
+    D]: one where offsets are fused.
+
+    The predictor reads segments as batch, so that nothing crosses them, and gives the mean cosine over tokens, samples
+    and (segment, answer) pairs. The loss is 1 - cos (release: -cos).
+    """
+    similarity = predictor(states, targets, comparison.cosine)
+    return comparison.arithmetic.constant - similarity, similarity

@@ -65,20 +65,20 @@ class ReplayStep:
         states: Tensor,
         targets: Tensor,
     ) -> None:
-        """cosine_of: mean cosine over pairs, states [N, S, dim] and targets [N, S, D]: segments are the batch, and
-        nothing may cross them. parameters: what it depends on, whole in this process. states [B, I, S, dim] and
-        targets [B, I, S, D]: of the shapes, dtypes and device of all that will be loaded; they are the first."""
+        """cosine_of: mean cosine over pairs, as the predictor's forward gives it. parameters: what it depends on, whole
+        in this process. states [B, I, S, dim] and targets [B, I, S, D]: of the shapes, dtypes and device of all that
+        will be loaded; they are the first."""
         self._cosine_of, self._parameters = cosine_of, tuple(parameters)
-        self._states, self._targets = (each.detach().flatten(0, 1).clone() for each in (states, targets))
+        self._states, self._targets = (each.detach().clone() for each in (states, targets))
         self.cosine = torch.zeros((), device=states.device, dtype=torch.promote_types(states.dtype, torch.float32))
         self.gradients = tuple(torch.zeros_like(each) for each in parameters)
 
     def load(self, states: Tensor, targets: Tensor) -> None:
         """Pairs of the next calls, states [B, I, S, dim] and targets [B, I, S, D]; ValueError for another shape."""
         for memory, given in ((self._states, states), (self._targets, targets)):
-            if memory.shape != (given.shape[0] * given.shape[1], *given.shape[2:]):
+            if memory.shape != given.shape:
                 raise ValueError(f"pairs {tuple(given.shape)} for a replay step of {tuple(memory.shape)}")
-            memory.copy_(given.flatten(0, 1))
+            memory.copy_(given)
 
     def __call__(self) -> None:
         """Set `cosine`, and `gradients` to the gradient of -cosine by each parameter."""

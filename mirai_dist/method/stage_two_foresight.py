@@ -24,14 +24,14 @@ both few-step starts can have it; there the states are the student's, never thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mirai_dist.method.arithmetic import outputs_of_predictor as outputs_of_predictor
-from mirai_dist.method.foresight import Arithmetic, cosine, fuse_targets, supervised_segments
+from mirai_dist.method.foresight import Comparison, supervised_segments
 
 FUSIONS = ("none", "frames", "offsets")
 
@@ -44,7 +44,7 @@ class Clip(NamedTuple):
 
 
 def ground_truth_targets(
-    features: Tensor, clip: Clip, offsets: Sequence[int], fusion: str, arithmetic: Arithmetic
+    features: Tensor, clip: Clip, offsets: Sequence[int], fusion: str, comparison: Comparison
 ) -> list[Tensor]:
     """Targets of each of the predictor's answers, [B, I, S, D], without graph, from encoder features
     [B, segments * frames * places, D].
@@ -55,9 +55,9 @@ def ground_truth_targets(
     """
     _check(fusion)
     if fusion == "offsets":
-        return [fuse_targets(features, clip.segments, offsets, arithmetic)]
+        return [comparison.fuse(features, clip.segments, offsets)]
     features = features.detach()
-    if arithmetic.wide_fusion:
+    if comparison.arithmetic.wide_fusion:
         features = features.to(torch.promote_types(features.dtype, torch.float32))
     pooled = _by_segment(features, clip, fusion)
     return [pooled[:, k:] for k in offsets]
@@ -69,27 +69,6 @@ def segment_states(hidden: Tensor, clip: Clip, offsets: Sequence[int], fusion: s
     _check(fusion)
     supervised = len(supervised_segments(clip.segments, offsets))  # they are the first ones
     return _by_segment(hidden, clip, fusion)[:, :supervised]
-
-
-def stage_two_loss(
-    predictor: Callable[[Tensor], Tensor], states: Tensor, targets: Sequence[Tensor], arithmetic: Arithmetic
-) -> tuple[Tensor, Tensor]:
-    """(loss, cosine) of states [B, I, S, dim] against the targets of each answer, [B, I or fewer, S, D].
-
-    The predictor reads segments as batch, so that nothing crosses them, and gives [B * I, S, answers * D]. The cosine
-    is the mean over tokens, samples and (segment, offset) pairs; the loss 1 - cos (release: -cos).
-    """
-    predicted = predictor(states.flatten(0, 1)).unflatten(0, states.shape[:2]).unflatten(-1, (len(targets), -1))
-    pairs = [each.shape[1] for each in targets]
-    similarity = sum(
-        (
-            count * cosine(predicted[:, :count, :, answer], target, arithmetic)
-            for answer, (count, target) in enumerate(zip(pairs, targets, strict=True))
-            if count
-        ),
-        start=predicted.new_zeros(()),
-    ) / sum(pairs)
-    return arithmetic.constant - similarity, similarity
 
 
 def _by_segment(tokens: Tensor, clip: Clip, fusion: str) -> Tensor:

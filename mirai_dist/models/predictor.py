@@ -6,12 +6,14 @@ no positions, no text and no timestep, and is discarded after training (Video-Mi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from mirai_dist.attention.patterns import TORCH, Backends, Pattern
 from mirai_dist.models.wan.model import Attention
-from mirai_dist.models.wan.token_ops import layer_norm
+from mirai_dist.models.wan.token_ops import PLAIN, TokenOps
 
 
 class PredictorBlock(nn.Module):
@@ -21,44 +23,69 @@ class PredictorBlock(nn.Module):
     order scale, shift, gate for attention, then for the feed-forward.
     """
 
-    def __init__(self, dim: int, heads: int, gated: bool, dense: Pattern) -> None:
+    def __init__(self, dim: int, heads: int, gated: bool, dense: Pattern, ops: TokenOps = PLAIN) -> None:
         super().__init__()
-        self.dense = dense
+        self.dense, self.ops = dense, ops
         self.attn = Attention(dim, heads)
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.modulation = nn.Parameter(torch.zeros(6, dim)) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.modulation is None:
-            x = x + self._attend(layer_norm(x))
-            return x + self.ffn(layer_norm(x))
-        scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = self.modulation.unbind()
-        x = x + gate_a * self._attend(layer_norm(x) * (1 + scale_a) + shift_a)
-        return x + gate_f * self.ffn(layer_norm(x) * (1 + scale_f) + shift_f)
+        """Sequences x [N, S, dim] -> the same shape."""
+        vectors = (None,) * 6 if self.modulation is None else self.modulation[:, None, None].unbind()
+        scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = vectors
+        attended = self._attend(self.ops.modulated(x, scale_a, shift_a))
+        x, normed = self.ops.added_modulated(x, attended, scale_f, shift_f, gate_a)
+        return self.ops.added(x, self.ffn(normed), gate_f)
 
     def _attend(self, x: Tensor) -> Tensor:
-        return self.attn.output(self.dense(self.attn.queries(x), *self.attn.keys_values(x)))
+        return self.attn.output(self.dense(self.ops.queries(self.attn, x), *self.ops.keys_values(self.attn, x)))
 
 
 class Predictor(nn.Module):
-    """Generator state [B, S, dim] of a segment -> encoder feature space [B, S, target_dim]."""
+    """Generator states of segments, and what the encoder saw of them -> how alike the predictions are to it.
+
+    Its width is that of the encoder's features, or several times that where it gives several answers for each token.
+    `backends`, `ops`: what computes its attention, and all between.
+    """
 
     def __init__(
-        self, dim: int, target_dim: int, heads: int, blocks: int, gated: bool, backends: Backends = TORCH
+        self,
+        dim: int,
+        target_dim: int,
+        heads: int,
+        blocks: int,
+        gated: bool,
+        backends: Backends = TORCH,
+        ops: TokenOps = PLAIN,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(PredictorBlock(dim, heads, gated, backends.dense) for _ in range(blocks))
+        self.blocks = nn.ModuleList(PredictorBlock(dim, heads, gated, backends.dense, ops) for _ in range(blocks))
         self.projection = nn.Linear(dim, target_dim, bias=False)
 
-    def forward(self, state: Tensor) -> Tensor:
-        return self.projection(self.hidden(state))
+    def forward(
+        self, states: Tensor, targets: Sequence[Tensor], cosine: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Mean cosine, a scalar, of what is predicted from states [B, I, S, dim] and the targets of each answer,
+        [B, I or fewer, S, D]: over tokens, samples and (segment, answer) pairs.
 
-    def hidden(self, state: Tensor) -> Tensor:
-        """What is projected, [B, S, dim]: for a head that never holds the projection of all tokens."""
-        x = state.to(self.projection.weight.dtype)
+        cosine: mean cosine of hidden states [..., dim] times a weight [D, dim] and targets [..., D]. It is called here,
+        and not on what this returns, because the weight of a sharded network is whole in its forward alone.
+        """
+        hidden = self.hidden(states)
+        pairs = [each.shape[1] for each in targets]
+        answers = zip(pairs, self.projection.weight.chunk(len(targets)), targets, strict=True)
+        parts = [
+            count / sum(pairs) * cosine(hidden[:, :count], weight, target) for count, weight, target in answers if count
+        ]
+        return torch.stack(parts).sum()
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """What is projected, [..., S, dim] as states are: every S tokens are a sequence of their own."""
+        x = states.flatten(0, -3).to(self.projection.weight.dtype)
         for block in self.blocks:
             x = block(x)
-        return x
+        return x.unflatten(0, states.shape[:-2])
 
 
 def initialise(name: str, parameter: Tensor, generator: torch.Generator) -> None:

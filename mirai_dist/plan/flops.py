@@ -64,8 +64,8 @@ def of_update(recipe: Recipe, update: Update) -> dict[str, Flops]:
 def forward(recipe: Recipe, each: Pass) -> Flops:
     """One forward."""
     if each.role == "predictor":
-        dim, rows = recipe.generator.dim, each.batch * each.tokens
-        return blocks(recipe, each) + Flops(2 * rows * dim * each.answers * recipe.teacher.dim)
+        compared = each.tokens * sum(each.answers)
+        return blocks(recipe, each) + Flops(2 * compared * recipe.generator.dim * recipe.teacher.dim)
     if each.role == "text":
         return blocks(recipe, each)
     patches, text, times, rest = _outer(recipe, each)

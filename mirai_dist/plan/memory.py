@@ -14,8 +14,9 @@ What a phase adds, with c bytes a value in the compute dtype and w in at least f
     kept         recomputed blocks keep their input, N d c, and if attention's output is kept, N (d c + 4 h) more, for h
                  heads; other blocks what backward reads,
                  N (d (19 c + 3 w) + 2 f c) and the keys that a segment saw, 2 K d c
-    working      a forward without gradient: N (11 d + 2 f) c at the feed-forward; a segment's with gradient also 2 K d
-                 c for keys with a past, and its own keys of all blocks;
+    working      a forward without gradient: N (3 d + 2 f) c at the feed-forward, or N d (6 c + 2 w) where queries and
+                 keys are rotated; a segment's with gradient also 2 K d c for keys with a past, and its own keys of all
+                 blocks;
                  backward of a recomputed block: what it recomputes, and N (3 d + f) c
     gathered     resharded units: the root and two blocks; else every network that ran, whole
     gradients    P / S fp32 once reduced; before that P fp32 where micro-batches are accumulated without reducing them;
@@ -232,7 +233,7 @@ class _Ledger:
             return {}
         recipe, compute, rows = self.recipe, BYTES[self.recipe.parallel.compute_dtype], found[0].batch * found[0].tokens
         wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
-        targets = rows * found[0].answers * recipe.teacher.dim
+        targets = found[0].tokens * sum(found[0].answers) * recipe.teacher.dim
         if phase == "encoder":
             return {("features", "predictor"): targets * wide}
         compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
@@ -268,9 +269,9 @@ class _Ledger:
             return each.tokens * self.recipe.text.dim * 16 * compute
         network = network_of(each.role, self.recipe)
         rows = each.batch * each.tokens
-        segment = each.phase in ("rollout", "trajectories")
-        values = rows * ((9 if segment else 11) * network.dim + 2 * network.ffn_dim)
-        if segment and each.gradient:  # others read and write the cache where it lies
+        rotating = (6 + 2 * WIDE // compute) * network.dim
+        values = rows * max(3 * network.dim + 2 * network.ffn_dim, rotating)
+        if each.phase == "rollout" and each.gradient:  # others read and write the cache where it lies
             keys = each.batch * sum(keys for _, keys in each.attention)
             values += 2 * keys * network.dim + 2 * each.blocks * rows * network.dim
         return values * compute
@@ -280,7 +281,7 @@ class _Ledger:
         compute = BYTES[self.recipe.parallel.compute_dtype]
         rows = each.batch * each.tokens
         if each.role == "predictor":
-            return rows * each.answers * self.recipe.teacher.dim * WIDE * 2
+            return each.tokens * sum(each.answers) * self.recipe.teacher.dim * WIDE * 2
         network = network_of(each.role, self.recipe)
         again = block_kept(self.recipe, each) if self.networks[each.role].plan.recompute else 0
         return again + rows * (3 * network.dim + network.ffn_dim) * compute
@@ -319,9 +320,10 @@ def kv_cache(recipe: Recipe, batch: int, frames: int) -> int:
 
 def replay_pair(recipe: Recipe) -> int:
     """Bytes of the (state, target) pairs of one sample: states in the compute dtype, targets in fp32 where the preset
-    fuses them in it."""
+    fuses them in it, but for parallel.kernels=fused, whose unit vectors are in the compute dtype."""
     video, compute = recipe.video, BYTES[recipe.parallel.compute_dtype]
-    wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
+    is_wide = PRESETS[recipe.foresight.preset].wide_fusion and recipe.parallel.kernels != "fused"
+    wide = WIDE if is_wide else compute
     supervised = len(supervised_segments(video.latent_frames // video.frames_per_segment, recipe.foresight.offsets))
     tokens = supervised * video.frames_per_segment * frame_tokens(recipe)
     return tokens * (recipe.generator.dim * compute + recipe.teacher.dim * wide)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from mirai_dist.config.rules import accumulation
 from mirai_dist.config.schema import Recipe, Stage
 from mirai_dist.method.arithmetic import PRESETS, captured_blocks, kept_frames, supervised_segments
-from mirai_dist.plan.shapes import TEXT_DIM, answers_of, frame_tokens, network_of, text_encoder
+from mirai_dist.plan.shapes import TEXT_DIM, frame_tokens, network_of, text_encoder
 
 Calls = tuple[tuple[int, int], ...]  # (queries, keys) of each attention call
 
@@ -29,8 +29,8 @@ class Pass:
     self-attention calls. blocks: executed ones. times: different timesteps that are embedded. halves: 2 for a doubled
     sequence [clean | noisy]. text: prompts are projected to keys and values in this pass (else they are cached).
     head: the pass ends in a velocity (else it exits early). gradient: it is differentiated. first: it is a segment of
-    a rollout and `past` tokens of its keys come from the cache. answers: of the predictor for each token. count: calls
-    expected in a micro-batch.
+    a rollout and `past` tokens of its keys come from the cache. answers: of the predictor, how many of its sequences
+    each one is compared for. count: calls expected in a micro-batch.
     """
 
     phase: str
@@ -45,7 +45,7 @@ class Pass:
     head: bool = True
     gradient: bool = False
     past: int = 0
-    answers: int = 1
+    answers: tuple[int, ...] = ()
     count: float = 1.0
 
 
@@ -167,7 +167,10 @@ def _foresight_on_truth(recipe: Recipe, stage: Stage) -> list[Pass]:
     pooled = recipe.video.frames_per_segment if settings.fusion == "frames" else 1
     predictor = predictor_pass(recipe, batch)
     tokens = predictor.tokens // pooled
-    answering = replace(predictor, tokens=tokens, attention=((tokens, tokens),), answers=answers_of(recipe, stage))
+    answering = replace(predictor, tokens=tokens, attention=((tokens, tokens),))
+    if settings.fusion != "offsets":
+        segments = recipe.video.latent_frames // recipe.video.frames_per_segment
+        answering = replace(answering, answers=tuple(batch * max(0, segments - k) for k in recipe.foresight.offsets))
     return [_encoder(recipe, batch, "encoder", settings.encoder_attention), answering]
 
 
@@ -233,6 +236,7 @@ def predictor_pass(recipe: Recipe, batch: int) -> Pass:
         text=False,
         gradient=True,
         past=1,
+        answers=(batch * len(supervised),),
     )
 
 

@@ -105,7 +105,8 @@ def elementwise(recipe: Recipe, each: Pass) -> float:
         return rows * each.blocks * recipe.text.dim * 40.0
     if each.role == "predictor":
         dim = recipe.generator.dim
-        return scale * rows * (each.blocks * dim * (70 + 16) + 20 * each.answers * recipe.teacher.dim)
+        compared = each.tokens * sum(each.answers)
+        return scale * (rows * each.blocks * dim * (70 + 16) + 20 * compared * recipe.teacher.dim)
     network = network_of(each.role, recipe)
     past = 8 * each.batch * each.past * network.dim  # keys and values are put behind those of the past
     return scale * each.blocks * (rows * (ELEMENTWISE * network.dim + 4 * network.ffn_dim) + past)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from mirai_dist.attention import sdpa
 from mirai_dist.attention.patterns import BySegment, Pattern, by_dense
+from mirai_dist.cycle import comparing
+from mirai_dist.method.foresight import PRESETS
 from mirai_dist.method.replay import ReplayStep
 from mirai_dist.models.predictor import Predictor
+from mirai_dist.models.wan import token_ops
 from tests.kernel_cases import assert_same_bits, drawn, relative, with_gradients
 
 pytest.importorskip("triton", reason="no triton")
@@ -24,7 +27,6 @@ pytest.importorskip("triton", reason="no triton")
 from mirai_kernels.chunk_attention import reference
 from mirai_kernels.chunk_attention.launch import TRITON, Cached
 from mirai_kernels.chunk_attention.op import chunk_attention
-from mirai_kernels.cosine_head.op import cosine_head
 from mirai_kernels.segment_prefix_attention.op import segment_prefix_attention
 from mirai_kernels.segment_prefix_attention.reference import masked_attention, teacher_forced_mask
 
@@ -138,9 +140,11 @@ def test_teacher_forcing_of_two_segments(by: str) -> None:
         assert_same_bits(found, with_gradients(function, leaves))
 
 
-def replay_step(attend: Pattern, head: Callable[..., Tensor]) -> tuple[ReplayStep, list[tuple[Tensor, Tensor]]]:
+def replay_step(attend: Pattern) -> tuple[ReplayStep, list[tuple[Tensor, Tensor]]]:
+    """Of a predictor whose tokens and head are the fused kernels."""
     torch.manual_seed(0)
-    network = Predictor(256, 320, heads=2, blocks=3, gated=False, backends=by_dense(attend))
+    comparison, backends = comparing.load(PRESETS["paper"]), by_dense(attend)
+    network = Predictor(256, 320, heads=2, blocks=3, gated=False, backends=backends, ops=token_ops.load())
     network.to(DEVICE, torch.bfloat16)
     pairs = [
         tuple(drawn(seed, 1, 6, FRAME, wide, dtype=torch.bfloat16, device=DEVICE) for wide in (256, 320))
@@ -148,13 +152,13 @@ def replay_step(attend: Pattern, head: Callable[..., Tensor]) -> tuple[ReplaySte
     ]
 
     def cosine_of(states: Tensor, targets: Tensor) -> Tensor:
-        return head(network.hidden(states), network.projection.weight, targets)
+        return network(states, [targets], comparison.cosine)
 
     return ReplayStep(cosine_of, list(network.parameters()), *pairs[0]), pairs  # type: ignore[arg-type,return-value]
 
 
 def test_the_replay_step_is_captured_as_a_cuda_graph() -> None:
-    step, pairs = replay_step(lambda q, k, v: chunk_attention(q, (k, v))[0], cosine_head)
+    step, pairs = replay_step(lambda q, k, v: chunk_attention(q, (k, v))[0])
     expected = []
     for pair in pairs:
         step.load(*pair)

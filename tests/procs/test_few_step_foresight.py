@@ -27,6 +27,7 @@ from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import WanModel
 from mirai_dist.state.cursor import Cursor
 from mirai_dist.state.draws import Draws
+from tests import tiny_wan
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
 from tests.procs.test_gradient_oracle import KeptGradients, worst
@@ -164,7 +165,8 @@ class Reference:
                 read = state
                 if self.settings.fusion == "frames":
                     read, target = state.mean(dim=1, keepdim=True), target.mean(dim=1, keepdim=True)
-                predicted = self.networks["predictor"](read.flatten(1, 2))[..., n * width : (n + 1) * width]
+                answers = tiny_wan.predicted(self.networks["predictor"], read.flatten(1, 2))
+                predicted = answers[..., n * width : (n + 1) * width]
                 target = target.flatten(1, 2)
                 cosine = (predicted * target).sum(-1) / (predicted.norm(dim=-1) * target.norm(dim=-1))
                 terms.append(1 - cosine.mean())
@@ -243,7 +245,7 @@ def test_weight_zero_is_bit_identical_to_no_foresight_at_all(kind: str) -> None:
         (), [*otherwise, "foresight.weight=5", "foresight.preset=release"], FORESIGHT))
     with in_memory(), ExitStack() as patches:
         changed = trained(on, RANKS, 2)
-        for name in ("_foresight_on_truth", "stage_two_loss", "features_of"):
+        for name in ("_foresight_on_truth", "ground_truth_targets", "features_of"):
             patches.enter_context(mock.patch.object(phases, name, mock.NonCallableMock(spec=[], name=name)))
         for with_it, (first, second) in zip(changed, zip(trained(plain, RANKS, 2), trained(off, RANKS, 2), strict=True),
                                             strict=True):

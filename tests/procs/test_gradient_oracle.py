@@ -28,6 +28,7 @@ from mirai_dist.parallel.engine_fsdp import FsdpEngine
 from mirai_dist.state.cursor import Cursor
 from mirai_dist.state.draws import Draws
 from mirai_dist.state.ema import named_tensors
+from tests import tiny_wan
 from tests.procs import tiny
 from tests.procs.conftest import run_threads
 from tests.procs.tiny import TIMEOUT
@@ -222,7 +223,7 @@ class Reference:
         for i, state in enumerate(states):
             future = [features[i + k] for k in self.recipe.foresight.offsets if i + k < len(states)]
             target = torch.stack(future).mean(dim=0)
-            predicted = self.networks["predictor"](state)
+            predicted = tiny_wan.predicted(self.networks["predictor"], state)
             terms.append(1 - ((predicted * target).sum(-1) / (predicted.norm(dim=-1) * target.norm(dim=-1))).mean())
         return sum(terms, start=torch.zeros(())) / len(terms)
 

@@ -378,5 +378,5 @@ def test_networks_attend_with_what_they_are_given() -> None:
         network(latent, time, text, history=History(past[1:], first_frame=1))
     assert noted.calls == [("behind", 24, 40), ("dense", 24, 5)] * 2
     noted.calls.clear()
-    Predictor(8, 6, heads=2, blocks=2, gated=False, backends=noted.backends)(torch.randn(1, 7, 8))
+    Predictor(8, 6, heads=2, blocks=2, gated=False, backends=noted.backends).hidden(torch.randn(1, 7, 8))
     assert noted.calls == [("dense", 7, 7)] * 2

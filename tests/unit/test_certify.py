@@ -18,7 +18,7 @@ from mirai_dist.attention.patterns import TORCH
 from mirai_dist.attention.select import Choice, Need
 from mirai_dist.certify import certificate, exact, subjects
 from mirai_dist.certify.compare import FAILED, NOT_CERTIFIED, PASSED, Subject, drawn, judged, results
-from mirai_dist.certify.shapes import Dense, Tokens, shapes_of
+from mirai_dist.certify.shapes import Dense, Fusion, Head, Tokens, shapes_of
 from mirai_dist.commands import bench
 from mirai_dist.config import FileError, RecipeError, load, schema
 from mirai_dist.cycle import attending, fusing
@@ -115,11 +115,14 @@ class Shiftless(Plain):
 
 def shapes() -> subjects.Shapes:
     tokens = (Tokens(2, 24, 3, (2, 2, 3), copies=2, vectors=4, first_frame=5),)
-    return subjects.Shapes("float32", (CALL,), (), tokens, ())
+    return subjects.Shapes("float32", (CALL,), (), tokens, (), ())
+
+
+SHIFTED = {"modulated", "added and modulated", "gated and modulated"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("ops", "wrong"), [(Plain(), set()), (Shiftless(), {"modulated", "added and modulated"})])
+@pytest.mark.parametrize(("ops", "wrong"), [(Plain(), set()), (Shiftless(), SHIFTED)])
 def test_each_token_operator_is_compared(
     ops: Plain, wrong: set[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +130,7 @@ def test_each_token_operator_is_compared(
     monkeypatch.setattr(subjects, "_unloaded", lambda device: "")
     found = subjects._over_tokens(shapes().tokens[0], CPU)
     rows = [row for subject in found for row in judged(subject, getattr(torch, dtype), CPU)]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert {row["op"].split(": ")[1] for row in rows if row["state"] == FAILED} == wrong, rows
 
 
@@ -141,6 +144,19 @@ def test_shapes_are_those_of_the_recipe() -> None:
     assert Dense(2, 7 * chunk, 7 * chunk, heads=40, head_dim=128) in found.dense
     assert {each.count for each in found.tokens} == {chunk, 7 * chunk}
     assert max(each.first_frame for each in found.tokens) == 18
+    predictor = Tokens(7, 1536, 12, (3, 30, 52), copies=1, vectors=1)  # a segment is a sequence
+    assert predictor in found.tokens
+    assert found.heads == (Head(7 * chunk, 1536, 5120),)
+    assert found.fusions == (Fusion(1, 7, chunk, 5120, (0, 1)),)
+
+
+def test_an_answer_an_offset_is_a_head_each() -> None:
+    own = ["foresight.weight=0.5", "foresight.fusion=frames", "teacher=teacher", "batch.micro_size=2"]
+    settings = [f"stages.few_step.{each}" for each in own]
+    clip = ["video.latent_frames=6", "video.frames_per_segment=2", "foresight.offsets=[0,2]", "foresight.weight=0"]
+    found = shapes_of(load(tiny.RECIPE, (*settings, *clip)).recipe)
+    samples, places = 2, 2
+    assert {each.tokens for each in found.heads} == {3 * samples * places, 1 * samples * places}
 
 
 # --- certificates ----------------------------------------------------------------------------------------------
@@ -174,9 +190,12 @@ def certified(folder: Path, found: schema.Recipe, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(certificate, "setting", lambda device: here)
     row = {"variant": "fused", "dtype": found.parallel.compute_dtype, "state": PASSED, "reason": ""}
     row |= {key: value for key, value in changed.items() if key in row}
-    rows = [row | {"op": "token operator: placed", "shape": str(shape)} for shape in shapes_of(found).tokens]
+    shapes = shapes_of(found)
+    ops = {"token operator: placed": shapes.tokens, "cosine head": shapes.heads, "target fusion": shapes.fusions}
+    ops = {op: each for op, each in ops.items() if op != changed.get("without")}
+    rows = [row | {"op": op, "shape": str(shape)} for op, each in ops.items() for shape in each]
     written = {"op": "cache write", "variant": "triton", "state": PASSED, "reason": ""}
-    rows += [row | written | {"shape": str(shape)} for shape in shapes_of(found).tokens if shape.copies == 1]
+    rows += [row | written | {"shape": str(shape)} for shape in shapes.tokens if shape.copies == 1]
     made = {"format": 1, "setting": here | {"triton": changed.get("triton", "3")}, "rows": rows}
     certificate.write(certificate.path_of(folder, found.name, "cuda"), made)
 
@@ -195,6 +214,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> fusing.Fusing:
         ({"triton": "2"}, "have none for this machine: .* is for triton 2, here is 3"),
         ({"state": FAILED, "reason": "is off"}, "are failed in .*: token operator: placed by fused of .* is off"),
         ({"dtype": "float16"}, "are not certified for "),
+        ({"without": "cosine head"}, r"are not certified for \d+ x 24 to 28 "),
+        ({"without": "target fusion"}, r"are not certified for 1 x \d+ segments of "),
     ],
 )
 def test_fused_kernels_are_taken_with_a_certificate_alone(

@@ -17,13 +17,25 @@ from mirai_dist.method.foresight import (
     cosine,
     foresight_loss,
     fuse_targets,
+    plain,
     supervised_segments,
 )
 from mirai_dist.method.rollout import RolloutInputs, RolloutSettings, rollout
 from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import KVCache, WanModel
 from mirai_dist.models.wan.kv_cache import CacheShape
-from tests.tiny_wan import SHAPE, TOKENS, fill, generator, gradients, latents, prompts, wan
+from tests.tiny_wan import (
+    SHAPE,
+    TOKENS,
+    fill,
+    generator,
+    gradients,
+    latents,
+    linear_predictor,
+    predicted,
+    prompts,
+    wan,
+)
 
 PAPER, RELEASE = PRESETS["paper"], PRESETS["release"]
 
@@ -86,17 +98,19 @@ def test_targets_have_no_graph() -> None:
 
 def test_loss_is_the_mean_over_segments_of_token_cosines() -> None:
     states, targets, matrix = normal(1, 2, 3, 4, 6), normal(2, 2, 3, 4, 5), normal(3, 6, 5)
-    loss, similarity = foresight_loss(lambda x: x @ matrix, states, targets, PAPER)
+    predictor = linear_predictor(matrix)
+    loss, similarity = foresight_loss(predictor, states, [targets], plain(PAPER))
     a_segment = [cosine_similarity(states[:, i] @ matrix, targets[:, i], dim=-1).mean() for i in range(3)]
     expected = sum(a_segment) / 3
     assert similarity.item() == pytest.approx(float(expected), abs=1e-14)
     assert loss.item() == pytest.approx(1 - float(expected), abs=1e-14)
-    assert foresight_loss(lambda x: x @ matrix, states, targets, RELEASE)[0].item() == pytest.approx(-float(expected))
+    assert foresight_loss(predictor, states, [targets], plain(RELEASE))[0].item() == pytest.approx(-float(expected))
 
 
 def test_lengths_do_not_matter_and_perfect_prediction_costs_nothing() -> None:
     targets = normal(2, 2, 3, 4, 5)
-    loss, similarity = foresight_loss(lambda x: 7 * x, targets, 0.01 * targets, PAPER)
+    sevenfold = linear_predictor(7 * torch.eye(5, dtype=torch.float64))
+    loss, similarity = foresight_loss(sevenfold, targets, [0.01 * targets], plain(PAPER))
     assert (loss.item(), similarity.item()) == (pytest.approx(0, abs=1e-14), pytest.approx(1, abs=1e-14))
 
 
@@ -117,18 +131,10 @@ def test_precision_of_the_two_arithmetics() -> None:
 def test_a_prediction_does_not_see_other_segments() -> None:
     predictor = Predictor(8, 6, heads=2, blocks=2, gated=False)
     fill(predictor, 1)
-    seen: list[Tensor] = []
-
-    def predict(x: Tensor) -> Tensor:
-        seen.append(predictor(x).detach())
-        return seen[-1]
-
-    states, targets = normal(2, 2, 3, 4, 8, dtype=torch.float32), normal(3, 2, 3, 4, 6, dtype=torch.float32)
-    foresight_loss(predict, states, targets, PAPER)
+    states = normal(2, 2, 3, 4, 8, dtype=torch.float32)
     changed = states.clone()
     changed[0, 1] += 1
-    foresight_loss(predict, changed, targets, PAPER)
-    before, after = (each.unflatten(0, (2, 3)) for each in seen)
+    before, after = (predicted(predictor, each).detach() for each in (states, changed))
     same = [[torch.equal(before[b, i], after[b, i]) for i in range(3)] for b in range(2)]
     assert same == [[True, False, True], [True, True, True]]
     # inside a segment every token is seen
@@ -178,7 +184,7 @@ class Step(nn.Module):
     def foresight(self, video: Tensor, states: list[Tensor]) -> Tensor:
         features = features_of(self.encoder, 2, 0)(video.detach(), prompts(2, 1))
         targets = fuse_targets(features, 3, (0, 1), PAPER)
-        return foresight_loss(self.predictor, torch.stack(states, dim=1), targets, PAPER)[0]
+        return foresight_loss(self.predictor, torch.stack(states, dim=1), [targets], plain(PAPER))[0]
 
 
 def test_gradient_reaches_the_first_blocks_the_predictor_and_nothing_else() -> None:
@@ -233,9 +239,9 @@ def test_the_encoder_reads_at_timestep_zero_and_stops_early() -> None:
 
 def test_presets_differ_in_nothing_a_gradient_would_show() -> None:
     """-cos and 1 - cos have the same gradient."""
-    states, targets, matrix = normal(1, 2, 3, 4, 6), normal(2, 2, 3, 4, 5), normal(3, 6, 5).requires_grad_()
+    states, targets, predictor = normal(1, 2, 3, 4, 6), normal(2, 2, 3, 4, 5), linear_predictor(normal(3, 6, 5))
     found = []
     for arithmetic in (PAPER, replace(PAPER, constant=0.0)):
-        loss, _ = foresight_loss(lambda x: x @ matrix, states, targets, arithmetic)
-        found.append(torch.autograd.grad(loss, matrix)[0])
+        loss, _ = foresight_loss(predictor, states, [targets], plain(arithmetic))
+        found.append(torch.autograd.grad(loss, predictor.projection.weight)[0])
     assert torch.equal(*found)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from mirai_dist.config import RecipeError, load, schema
-from mirai_dist.cycle import fusing
-from mirai_dist.cycle.fusing import Fusing, fusing_of
+from mirai_dist.cycle import comparing, fusing
+from mirai_dist.cycle.fusing import Fusing, comparison_of, fusing_of
+from mirai_dist.method.foresight import PRESETS, Comparison, plain
 from mirai_dist.models.wan import token_ops
 from tests.procs import tiny
 
@@ -29,8 +30,10 @@ def recipe(kernels: str, certificates: str = "ignore") -> schema.Recipe:
 @pytest.fixture
 def with_triton(monkeypatch: pytest.MonkeyPatch) -> token_ops.Fused:
     """The kernels as if they could be loaded; nothing here runs them."""
-    ops = token_ops.Fused(*[lambda *_: pytest.fail("ran a kernel")] * 5)
+    refused = lambda *_: pytest.fail("ran a kernel")
+    ops = token_ops.Fused(*[refused] * len(fields(token_ops.Fused)))
     monkeypatch.setattr(fusing, "load", lambda: ops)
+    monkeypatch.setattr(comparing, "load", lambda arithmetic: Comparison(arithmetic, refused, refused))
     return ops
 
 
@@ -49,6 +52,7 @@ def test_tritons_interpreter_runs_them_on_a_cpu_where_they_are_named(
 ) -> None:
     monkeypatch.setattr(fusing, "_interpreted", lambda: True)
     monkeypatch.setattr(fusing, "largest_error", lambda *_: 1e-7)
+    monkeypatch.setattr(comparing, "largest_error", lambda *_: 1e-7)
     assert fusing_of(recipe("fused", certificates), CPU) == Fusing(with_triton, "fused")
     assert fusing_of(recipe("auto", certificates), CPU).told() == "reference: the kernels run on GPUs"
     fusing._fused.cache_clear()
@@ -60,6 +64,7 @@ def test_tritons_interpreter_runs_them_on_a_cpu_where_they_are_named(
 def test_kernels_are_probed_while_a_network_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusing, "_interpreted", lambda: True)
     monkeypatch.setattr(fusing, "load", lambda: token_ops.PLAIN)
+    monkeypatch.setattr(comparing, "load", plain)
     with torch.device("meta"):
         assert fusing_of(recipe("fused"), CPU) == Fusing(token_ops.PLAIN, "fused")
 
@@ -79,6 +84,7 @@ def test_kernels_that_are_not_exact_are_not_taken(
 ) -> None:
     asked = []
     monkeypatch.setattr(fusing, "largest_error", lambda ops, dim, heads, *_: asked.append((dim, heads)) or 1e-7)
+    monkeypatch.setattr(comparing, "largest_error", lambda *_: 1e-7)
     found = recipe("auto")
     found = replace(found, parallel=replace(found.parallel, compute_dtype="float32"))
     assert fusing_of(found, CUDA) == Fusing(with_triton, "fused")
@@ -86,3 +92,35 @@ def test_kernels_that_are_not_exact_are_not_taken(
     fusing._fused.cache_clear()
     monkeypatch.setattr(fusing, "largest_error", lambda *_: error)
     assert fusing_of(found, CUDA).told().startswith(f"reference: the kernels are {error:.1e} from exact at ")
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_a_head_that_is_not_exact_is_not_taken_nor_anything_else(
+    error: float, with_triton: token_ops.Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(fusing, "largest_error", lambda *_: 1e-7)
+    monkeypatch.setattr(comparing, "largest_error", lambda comparison, widths, *_: asked.append(widths) or error)
+    found = recipe("auto")
+    found = replace(found, parallel=replace(found.parallel, compute_dtype="float32"))
+    chosen = fusing_of(found, CUDA)
+    assert asked == [(found.generator.dim, found.teacher.dim)]
+    assert chosen.ops is token_ops.PLAIN
+    assert chosen.told().startswith(f"reference: the kernels are {error:.1e} from exact in a head of ")
+
+
+def test_the_same_choice_decides_what_compares(
+    with_triton: token_ops.Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the release's arithmetic, which rounds at every step, is never the kernels'."""
+    monkeypatch.setattr(fusing, "largest_error", lambda *_: 1e-7)
+    monkeypatch.setattr(comparing, "largest_error", lambda *_: 1e-7)
+    fused = comparing.load(PRESETS["paper"])
+    monkeypatch.setattr(comparing, "load", lambda arithmetic: replace(fused, arithmetic=arithmetic))
+    found = recipe("fused")
+    assert comparison_of(found, CUDA) == fused
+    released = replace(found, foresight=replace(found.foresight, preset="release"))
+    for other, device in ((released, CUDA), (recipe("reference"), CUDA), (recipe("auto"), CPU)):
+        chosen = comparison_of(other, device)
+        assert chosen.arithmetic == PRESETS[other.foresight.preset]
+        assert chosen.cosine is not fused.cosine and chosen.fuse is not fused.fuse

@@ -80,6 +80,7 @@ RULES = {
         never=("torch.distributed",),
     ),
     "mirai_dist.cycle": Rule(("mirai_dist",), never=("mirai_dist.__main__",)),
+    "mirai_dist.cycle.comparing": Rule(("mirai_dist.method", "mirai_kernels")),
     "mirai_dist.commands": Rule(("mirai_dist",), never=("mirai_dist.__main__",)),
     "mirai_dist.commands.arguments": Rule((), LIGHT),
     "mirai_dist.__main__": Rule(("mirai_dist",)),

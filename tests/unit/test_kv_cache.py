@@ -15,7 +15,7 @@ from mirai_dist.models.wan import Capture, History, KVCache, WanModel, WanOutput
 from mirai_dist.models.wan.kv_cache import CacheShape, KeysValues, turned
 from mirai_dist.models.wan.model import WanBlock
 from mirai_dist.models.wan.rope import rotary_table, rotate
-from mirai_dist.models.wan.token_ops import layer_norm, modulate, per_frame
+from mirai_dist.models.wan.token_ops import PLAIN, layer_norm, modulate, per_frame
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from tests import tiny_wan
 from tests.tiny_wan import fill_room, write
@@ -260,12 +260,12 @@ def reference(network: WanModel, settings: RolloutSettings, inputs: RolloutInput
             assert isinstance(block, WanBlock)
             shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (block.modulation + shared).unbind(2)
             normed = modulate(layer_norm(x), shift_a, scale_a)
-            own.append(block.self_attn.keys_values(normed))
+            own.append(PLAIN.keys_values(block.self_attn, normed))
             keys, values = (torch.cat([*(raw[f][index][i] for f in seen), own[-1][i]], 1) for i in range(2))
-            queries = placed(block.self_attn.queries(normed), places[-length:])
+            queries = placed(PLAIN.queries(block.self_attn, normed), places[-length:])
             x = x + per_frame(block.self_attn.output(attention(queries, placed(keys, places), values)), gate_a)
-            queries = block.cross_attn.queries(block.norm3(x))
-            x = x + block.cross_attn.output(attention(queries, *block.cross_attn.keys_values(text)))
+            queries = PLAIN.queries(block.cross_attn, block.norm3(x))
+            x = x + block.cross_attn.output(attention(queries, *PLAIN.keys_values(block.cross_attn, text)))
             x = x + per_frame(block.ffn(modulate(layer_norm(x), shift_f, scale_f)), gate_f)
         return network._unpatchify(network.head(x, time), grid), own
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mirai_dist.method.foresight import PRESETS, cosine, foresight_loss
+from mirai_dist.method.foresight import PRESETS, foresight_loss, plain
 from mirai_dist.method.replay import ReplayStep
 from mirai_dist.models.predictor import Predictor
 from tests.tiny_wan import fill, generator
@@ -32,7 +32,7 @@ def predictor(gated: bool = False) -> Predictor:
 
 def step_of(network: Predictor, arithmetic: str = "paper") -> ReplayStep:
     def cosine_of(states: Tensor, targets: Tensor) -> Tensor:
-        return cosine(network.projection(network.hidden(states)), targets, PRESETS[arithmetic])
+        return network(states, [targets], plain(PRESETS[arithmetic]).cosine)
 
     return ReplayStep(cosine_of, list(network.parameters()), *pairs(0))
 
@@ -43,7 +43,8 @@ def test_it_is_the_plain_update_for_every_pair_that_is_loaded(arithmetic: str) -
     step = step_of(network, arithmetic)
     places = [each.data_ptr() for each in (step.cosine, *step.gradients)]
     for seed in (0, 3, 4):
-        loss, similarity = foresight_loss(network, *pairs(seed), PRESETS[arithmetic])
+        states, targets = pairs(seed)
+        loss, similarity = foresight_loss(network, states, [targets], plain(PRESETS[arithmetic]))
         expected = torch.autograd.grad(loss, list(network.parameters()))
         if seed:
             step.load(*pairs(seed))
@@ -63,7 +64,7 @@ def test_no_product_is_spent_on_the_gradient_of_the_states() -> None:
         step()
     states, targets = pairs(0)
     with FlopCounterMode(display=False) as with_input:
-        foresight_loss(network, states.requires_grad_(), targets, PRESETS["paper"])[0].backward()
+        foresight_loss(network, states.requires_grad_(), [targets], plain(PRESETS["paper"]))[0].backward()
     tokens = 2 * 3 * TOKENS
     assert with_input.get_total_flops() - ours.get_total_flops() == 3 * 2 * tokens * DIM * DIM  # q, k, v of a block
 

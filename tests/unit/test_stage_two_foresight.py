@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mirai_dist.cycle.roles import features_of
-from mirai_dist.method.foresight import PRESETS, foresight_loss, fuse_targets
+from mirai_dist.method.foresight import PRESETS, foresight_loss, fuse_targets, plain
 from mirai_dist.method.ode import OdePairs, ode_loss
 from mirai_dist.method.stage_two_foresight import (
     FUSIONS,
@@ -15,13 +15,12 @@ from mirai_dist.method.stage_two_foresight import (
     ground_truth_targets,
     outputs_of_predictor,
     segment_states,
-    stage_two_loss,
 )
 from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import Capture, Clean
-from tests.tiny_wan import SHAPE, fill, generator, gradients, latents, prompts, wan
+from tests.tiny_wan import SHAPE, fill, generator, gradients, latents, linear_predictor, prompts, wan
 
-PAPER, RELEASE = PRESETS["paper"], PRESETS["release"]
+PAPER, RELEASE = plain(PRESETS["paper"]), plain(PRESETS["release"])
 CLIP, PLACES, BATCH, DIM, WIDTH = Clip(segments=4, frames=3), 5, 2, 6, 7
 OFFSETS = [(0, 1), (1,), (0, 2), (2, 0, 1), (0, 5)]
 
@@ -39,7 +38,7 @@ def cosine_of(one: Tensor, other: Tensor) -> float:
     return (one @ other / (one.norm() * other.norm())).item()
 
 
-def plain(features: Tensor, states: Tensor, matrix: Tensor, offsets: tuple[int, ...], fusion: str) -> float:
+def by_loops(features: Tensor, states: Tensor, matrix: Tensor, offsets: tuple[int, ...], fusion: str) -> float:
     """Mean cosine by loops; matrix [DIM, answers * WIDTH] is the predictor."""
     terms = []
     segments, frames = features.shape[1:3]
@@ -86,10 +85,11 @@ def test_fusions_against_a_plain_loop(fusion: str, offsets: tuple[int, ...], cli
     matrix = normal(3, DIM, outputs_of_predictor(fusion, offsets) * WIDTH)
     targets = ground_truth_targets(flat(features), clip, offsets, fusion, PAPER)
     read = segment_states(flat(states), clip, offsets, fusion)
-    loss, similarity = stage_two_loss(lambda x: x @ matrix, read, targets, PAPER)
-    assert similarity.item() == pytest.approx(plain(features, states, matrix, offsets, fusion), abs=1e-12)
+    loss, similarity = foresight_loss(linear_predictor(matrix), read, targets, PAPER)
+    assert similarity.item() == pytest.approx(by_loops(features, states, matrix, offsets, fusion), abs=1e-12)
     assert loss.item() == pytest.approx(1 - similarity.item(), abs=1e-14)
-    assert stage_two_loss(lambda x: x @ matrix, read, targets, RELEASE)[0].item() == pytest.approx(-similarity.item())
+    released = foresight_loss(linear_predictor(matrix), read, targets, RELEASE)[0]
+    assert released.item() == pytest.approx(-similarity.item())
 
 
 def test_shapes_of_each_fusion() -> None:
@@ -106,21 +106,17 @@ def test_shapes_of_each_fusion() -> None:
 
 
 def test_fusing_offsets_is_the_foresight_of_dmd() -> None:
-    features, states, matrix = flat(video(1, WIDTH)), flat(video(2, DIM)), normal(3, DIM, WIDTH)
+    features = flat(video(1, WIDTH))
     (targets,) = ground_truth_targets(features, CLIP, (0, 1), "offsets", PAPER)
-    assert torch.equal(targets, fuse_targets(features, CLIP.segments, (0, 1), PAPER))
-    read = segment_states(states, CLIP, (0, 1), "offsets")
-    found = stage_two_loss(lambda x: x @ matrix, read, [targets], PAPER)
-    expected = foresight_loss(lambda x: x @ matrix, read, targets, PAPER)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert torch.equal(targets, fuse_targets(features, CLIP.segments, (0, 1), PAPER.arithmetic))
 
 
 def test_one_frame_a_segment_has_nothing_to_average() -> None:
     clip, matrix = Clip(3, 1), normal(3, DIM, 2 * WIDTH)
     features, states = flat(video(1, WIDTH, clip)), flat(video(2, DIM, clip))
     losses = [
-        stage_two_loss(
-            lambda x: x @ matrix,
+        foresight_loss(
+            linear_predictor(matrix),
             segment_states(states, clip, (0, 1), fusion),
             ground_truth_targets(features, clip, (0, 1), fusion, PAPER),
             PAPER,
@@ -164,7 +160,7 @@ def test_one_pass_of_the_student_serves_both_losses(fusion: str) -> None:
     assert hidden is not None
     features = features_of(encoder, 2, 0)(states[:, -1], prompts(2, 1))
     targets = ground_truth_targets(features, clip, offsets, fusion, PAPER)
-    loss, _ = stage_two_loss(predictor, segment_states(hidden, clip, offsets, fusion), targets, PAPER)
+    loss, _ = foresight_loss(predictor, segment_states(hidden, clip, offsets, fusion), targets, PAPER)
     loss.backward()
     reached = {name for name, gradient in gradients(student).items() if gradient.any()}
     untouched = {name for name, _ in student.named_parameters()} - reached

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirai_dist.config import load
 from mirai_dist.cycle.roles import wan_shape
-from mirai_dist.models.wan import Capture, Clean, History, WanModel, WanOutput, WanShape
+from mirai_dist.models.wan import Capture, Clean, Held, History, WanModel, WanOutput, WanShape
 from mirai_dist.models.wan.model import initialise, timestep_sinusoid
 from mirai_dist.parallel.recompute import recompute
+from tests.live_bytes import LiveBytes
 from tests.tiny_wan import (
     COLUMNS,
     ROWS,
@@ -430,3 +431,22 @@ def test_attention_is_kept_but_over_few_keys() -> None:
         own, texts = calls.count(2 * TOKENS), calls.count(text.shape[1])
         assert (own, texts) == ((1 if keep else 2) * SHAPE.blocks, 2 * SHAPE.blocks)
     assert largest_difference(found[False], found[True]) == 0
+
+
+@pytest.mark.parametrize("kind", ["whole", "segment"])
+@torch.no_grad()
+def test_what_a_forward_without_gradient_holds(kind: str) -> None:
+    """At the feed-forward: a block's input, the residual stream and its norm, and the hidden layer before and after
+    GELU. So nothing of the block's attention is alive there, and no keys and values that a cache has."""
+    shape = SHAPE._replace(ffn_dim=6 * SHAPE.dim)
+    network, text, tokens = wan(dtype=torch.float32, shape=shape), prompts(2, 1, torch.float32), 60 * TOKENS
+    video, at = latents(1, 1, 60, torch.float32), torch.tensor([500.0])
+    store = torch.zeros(2, shape.blocks, 1, 2 * tokens, shape.heads, shape.dim // shape.heads)
+    views = [Held(keys, values, (0, tokens), (tokens, 2 * tokens)) for keys, values in zip(*store, strict=True)]
+    history = History(tuple(views), None, 60) if kind == "segment" else None
+    network(video, at, text, history=history)
+    with LiveBytes() as live:
+        network(video, at, text, history=history)
+    held = sum(parameter.nbytes for parameter in network.parameters()) + (store.nbytes if history else 0)
+    expected = 4 * tokens * (3 * shape.dim + 2 * shape.ffn_dim)
+    assert expected <= live.peak - held <= 1.1 * expected

@@ -93,13 +93,6 @@ class Attention(nn.Module):
         self.norm_q = RmsNorm(dim)
         self.norm_k = RmsNorm(dim)
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys = self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1))
-        return keys, self.v(x).unflatten(-1, (self.heads, -1))
-
     def output(self, attended: Tensor) -> Tensor:
         return self.o(attended.flatten(-2))
 
@@ -111,6 +104,7 @@ class BlockInputs(NamedTuple):
     places: Any  # of the tokens, as `TokenOps.place` gives them
     pattern: Pattern
     text: Tensor  # [B, text positions, dim], embedded
+    returns_own: bool = True  # whether anybody wants the keys and values of these tokens
 
 
 class WanBlock(nn.Module):
@@ -136,29 +130,33 @@ class WanBlock(nn.Module):
         text_keys_values: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
         """x [B, N, dim] -> (x, own (keys, values), text (keys, values)). With `held` its tokens see that beside their
-        own; own is None where they were written there."""
+        own; own is None where they were written there, or nobody wants them."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + inputs.modulation).unbind(dim=2)
-        normed = self.ops.modulated(x, scale_a, shift_a)
-        attended, own = self._attend(normed, inputs, held)
-        x, normed = self.ops.added_normed(x, self.self_attn.output(attended), gate_a, self.norm3)
+        # what a step needs alone is local to it: nothing else is alive in the feed-forward, where most is
+        attended, own = self._attend(self.ops.modulated(x, scale_a, shift_a), inputs, held)
+        x, normed = self.ops.added_normed(x, attended, gate_a, self.norm3)
+        del attended
         if text_keys_values is None:
-            text_keys_values = self.cross_attn.keys_values(inputs.text)
-        attended = self.backends.dense(self.ops.queries(self.cross_attn, normed), *text_keys_values)
-        x, normed = self.ops.added_modulated(x, self.cross_attn.output(attended), scale_f, shift_f)
-        x = self.ops.added(x, self.ffn(normed), gate_f)
-        return x, own, text_keys_values
+            text_keys_values = self.ops.keys_values(self.cross_attn, inputs.text)
+        x, normed = self.ops.added_modulated(x, self._attend_text(normed, text_keys_values), scale_f, shift_f)
+        return self.ops.added(x, self.ffn(normed), gate_f), own, text_keys_values
 
     def _attend(
         self, x: Tensor, inputs: BlockInputs, held: Held | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """What the tokens attend to, [B, N, heads, head_dim], and their keys and values as `forward` returns them."""
+        """Self-attention's output [B, N, dim], and keys and values as `forward` returns them."""
         layer, places = self.self_attn, inputs.places
         if held is not None and held.room:
-            return self.backends.behind(self.ops.queries_into(layer, x, places, held.slots()), None, held), None
+            queries = self.ops.queries_into(layer, x, places, held.slots())
+            return layer.output(self.backends.behind(queries, None, held)), None
         queries, keys, values = self.ops.placed(layer, x, places)
-        if held is None:
-            return inputs.pattern(queries, keys, values), (keys, values)
-        return self.backends.behind(queries, (keys, values), held), (keys, values)
+        own = keys, values
+        attended = inputs.pattern(queries, *own) if held is None else self.backends.behind(queries, own, held)
+        return layer.output(attended), own if inputs.returns_own else None
+
+    def _attend_text(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-attention's output [B, N, dim]."""
+        return self.cross_attn.output(self.backends.dense(self.ops.queries(self.cross_attn, x), *keys_values))
 
 
 class Head(nn.Module):
@@ -240,6 +238,7 @@ class WanModel(nn.Module):
             self.ops.place(placement, self.shape.dim // self.shape.heads, tokens),
             pattern,
             text.to(dtype) if text_cached else self.text_embedding(text.to(dtype)),
+            returns_own=history is not None,
         )
         tokens, hidden, own, text_kv = self._run_blocks(tokens, inputs, history, capture)
         if clean is not None:

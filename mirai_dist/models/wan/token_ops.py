@@ -45,17 +45,21 @@ Slots = Sequence[tuple[Tensor, Tensor]]
 
 
 class TokenOps(Protocol):
-    """x and y are tokens [B, N, dim]; a gate, scale or shift is [1 or B, 1 or frames, dim], a vector a frame."""
+    """x and y are tokens [B, N, dim]; a gate, scale or shift is [1 or B, 1 or frames, dim], a vector a frame.
+
+    A network without them gives None: for a gate, which then counts as 1, and for scale and shift together, which then
+    count as 0.
+    """
 
     def place(self, placement: Placement, head_dim: int, like: Tensor) -> Any:
         """What the other calls take as `places`: made once a pass, for tokens of this device and dtype."""
         ...
 
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def modulated(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         """LayerNorm(x) (1 + scale) + shift."""
         ...
 
-    def added(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    def added(self, x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
         """x + gate y."""
         ...
 
@@ -63,12 +67,18 @@ class TokenOps(Protocol):
         """(x + gate y, its LayerNorm with the layer's weight and bias)."""
         ...
 
-    def added_modulated(self, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + y, its LayerNorm modulated)."""
+    def added_modulated(
+        self, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x + gate y, its LayerNorm modulated)."""
         ...
 
     def queries(self, layer: Projections, x: Tensor) -> Tensor:
         """Normalised queries [B, N, heads, head_dim] at no position."""
+        ...
+
+    def keys_values(self, layer: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised keys at no position, and values; each [B, N, heads, head_dim]."""
         ...
 
     def placed(self, layer: Projections, x: Tensor, places: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,25 +120,31 @@ class Plain:
             return cos, sin
         return cos.repeat(placement.copies, 1), sin.repeat(placement.copies, 1)
 
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return modulate(layer_norm(x), shift, scale)
+    def modulated(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        normed = layer_norm(x)
+        return normed if scale is None or shift is None else modulate(normed, shift, scale)
 
-    def added(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return x + per_frame(y, gate)
+    def added(self, x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+        return x + (y if gate is None else per_frame(y, gate))
 
     def added_normed(self, x: Tensor, y: Tensor, gate: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         x = self.added(x, y, gate)
         return x, norm(x)
 
-    def added_modulated(self, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + y
+    def added_modulated(
+        self, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = self.added(x, y, gate)
         return x, self.modulated(x, scale, shift)
 
     def queries(self, layer: Projections, x: Tensor) -> Tensor:
         return _by_head(layer, layer.norm_q(layer.q(x)))
 
+    def keys_values(self, layer: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _by_head(layer, layer.norm_k(layer.k(x))), _by_head(layer, layer.v(x))
+
     def placed(self, layer: Projections, x: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = _by_head(layer, layer.norm_k(layer.k(x))), _by_head(layer, layer.v(x))
+        keys, values = self.keys_values(layer, x)
         return rotate(self.queries(layer, x), places), rotate(keys, places), values
 
     def queries_into(self, layer: Projections, x: Tensor, places: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
@@ -156,10 +172,12 @@ class Fused:
     def place(self, placement: Placement, head_dim: int, like: Tensor) -> Placement:
         return placement
 
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return self.residual_modulate(x, None, None, scale, shift)[1]
+    def modulated(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return self.residual_modulate(x, None, None, *_vectors(x, scale, shift))[1]
 
-    def added(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    def added(self, x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+        if gate is None:
+            return x + y
         frames = gate.shape[1], -1
         return torch.addcmul(x.unflatten(1, frames), y.unflatten(1, frames), gate.unsqueeze(2)).flatten(1, 2)
 
@@ -167,11 +185,16 @@ class Fused:
         scale, shift = (each.view(1, 1, -1) for each in (norm.weight.float() - 1, norm.bias))
         return self.residual_modulate(x, y, gate, scale, shift)
 
-    def added_modulated(self, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        return self.residual_modulate(x, y, None, scale, shift)
+    def added_modulated(
+        self, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.residual_modulate(x, y, gate, *_vectors(x, scale, shift))
 
     def queries(self, layer: Projections, x: Tensor) -> Tensor:
         return self.norm_rope(layer.q(x), layer.norm_q.weight, layer.heads, None)
+
+    def keys_values(self, layer: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm_rope(layer.k(x), layer.norm_k.weight, layer.heads, None), _by_head(layer, layer.v(x))
 
     def placed(self, layer: Projections, x: Tensor, places: Placement) -> tuple[Tensor, Tensor, Tensor]:
         copies = places.copies, -1
@@ -193,6 +216,14 @@ class Fused:
             queries.append(self.qk_norm_rope_cache(part, weights, slot, here))
             done += tokens
         return queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
+
+
+def _vectors(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift as the kernels want them; a LayerNorm alone is one with zeros."""
+    if scale is None or shift is None:
+        zeros = x.new_zeros(1, 1, x.shape[-1])
+        return zeros, zeros
+    return scale, shift
 
 
 def load() -> Fused:

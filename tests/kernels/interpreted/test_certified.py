@@ -7,7 +7,7 @@ import torch
 
 from mirai_dist.certify import subjects
 from mirai_dist.certify.compare import PASSED, judged
-from mirai_dist.certify.shapes import BySegment, Dense, Head, Shapes, Tokens
+from mirai_dist.certify.shapes import BySegment, Dense, Fusion, Head, Shapes, Tokens
 
 SHAPES = Shapes(
     "float32",
@@ -15,6 +15,7 @@ SHAPES = Shapes(
     (BySegment(1, 8, 4, heads=2, head_dim=16, doubled=True), BySegment(2, 6, 3, heads=2, head_dim=16, doubled=False)),
     (Tokens(2, 32, 2, (2, 2, 3), copies=1, vectors=2, first_frame=5),),
     (Head(7, 32, 48),),
+    (Fusion(2, 3, 4, 48, (0, 1)),),
 )
 
 
@@ -30,6 +31,7 @@ def test_every_operator_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         subjects.PREFIX,
         subjects.CACHE,
         subjects.COSINE,
+        subjects.FUSION,
     }
     for row in ours:
         assert row["state"] == PASSED and row["same_twice"], row
