@@ -18,9 +18,9 @@ RECIPE = Path(__file__).parents[3] / "recipes" / "tiny" / "video_mirai.yaml"
 TIMEOUT = 300.0  # seconds; thirty where nothing else runs
 SMALL = (
     *("video.latent_frames=4", "video.latent_height=2", "video.latent_width=4", "world.speed=1", "world.radius=3"),
-    *("teacher.blocks=2", "dmd.critic_updates=1", "rollout.steps=[1000,500]"),
-    *("stages.ar_teacher.batch.global_size=1", "stages.ar_teacher.batch.micro_size=1"),
-    *("stages.distil.batch.global_size=2", "stages.distil.batch.micro_size=2"),
+    *("teacher.blocks=2", "foresight.predictor_blocks=1", "dmd.critic_updates=1", "rollout.steps=[1000,500]"),
+    *(f"stages.{stage}.batch.{size}=1" for stage in ("ar_teacher", "distil") for size in ("global_size", "micro_size")),
+    "study.arms.shuffled-targets=[]",  # which one sample cannot be
 )
 POSITIONS = {"ar_teacher": 2, "distil": 4}  # two cycles; of distil, each with a replay after the critic's update
 
