@@ -24,7 +24,7 @@ SMALL = (
 )
 POSITIONS = {"ar_teacher": 2, "distil": 4}  # two cycles; of distil, each with a replay after the critic's update
 
-# What float32 costs these runs in plain torch comes to a third of it.
+# What float32 costs these runs in plain torch comes to half of it, at most.
 FLOAT32 = Distance(metric=2e-5, role=2e-4, parameter=1e-3)
 TIMES = Distance(3.0, 3.0, 3.0)  # a few weights whose gradients cancel decide how far either is from the exact run
 
