@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One sitting at a machine with a GPU: ceilings, tests, a certificate, attention, operators, blocks, a cycle. Under nine
-# minutes, each part with its own deadline; OUT/session.json is whole after each. A recipe is trained afterwards.
+# One sitting at a machine with a GPU: ceilings, tests, a certificate, real cycles, a profile, the replay step,
+# attention, operators. Under nine minutes, each part with its own deadline; OUT/session.json is whole after each. A
+# recipe is trained afterwards.
 #
 #   benchmarks/gpu_session.sh [--rehearse] [OUT] [RECIPE]
 #

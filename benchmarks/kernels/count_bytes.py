@@ -53,7 +53,8 @@ class Released(Plain):
     def place(self, placement: Placement, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(placement.grid, placement.first_frame, head_dim, like.device, torch.float64)
 
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def modulated(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        assert scale is not None and shift is not None  # of the DiT's blocks, they always are
         frames = shift.shape[1], -1
         normed = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
         return (normed.unflatten(1, frames) * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)

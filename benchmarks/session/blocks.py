@@ -1,12 +1,11 @@
-"""What stands between products and attention, by three arithmetics; whole blocks; and a cycle put together of them."""
+"""What stands between products and attention, by three arithmetics; and a cycle put together of blocks."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -15,14 +14,18 @@ from torch import Tensor, nn
 from benchmarks.kernels.count_bytes import MODELS, Released
 from benchmarks.session.attention import differentiated
 from benchmarks.session.measure import NO_CUDA, Case, Desk, Work
+from benchmarks.session.one_gpu import ALL, NAMES, TOO_LARGE, in_words, one_gpu, phase_name
 from mirai_dist.attention.patterns import Backends
-from mirai_dist.attention.select import Need, select
+from mirai_dist.attention.select import Choice, Need, select
 from mirai_dist.certify.shapes import Tokens
 from mirai_dist.certify.subjects import token_inputs, token_operators
+from mirai_dist.config import schema
 from mirai_dist.models.wan.keys import WanShape
 from mirai_dist.models.wan.kv_cache import Held
 from mirai_dist.models.wan.model import BlockInputs, WanBlock
 from mirai_dist.models.wan.token_ops import PLAIN, Placement, TokenOps, load
+from mirai_dist.plan import passes
+from mirai_dist.plan.shapes import frame_tokens, network_of
 
 # Passes over tokens [N, dim] that an operator cannot do without: what it reads and writes, forward and backward.
 PASSES = {"placed": (4, 6), "queries": (2, 3), "added and normed": (4, 6), "added and modulated": (4, 6)}
@@ -33,7 +36,7 @@ MOVED = {
     1536: {"released": (505, 827), "plain": (338, 750), "fused": (95, 222)},
     5120: {"released": (1594, 2614), "plain": (1055, 2365), "fused": (253, 611)},
 }
-TEXT = 512
+ENCODER = "generator encoder"  # the only phase of foresight in which a Wan network runs
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Pass:
     grid: tuple[int, int, int]
     past: int
     gradient: bool
-    text: int = TEXT
+    text: int
 
     @property
     def tokens(self) -> int:
@@ -143,31 +146,21 @@ def _cosine_head(desk: Desk) -> None:
     desk.time(replace(case, variant="fused"), differentiated(lambda h, w: cosine_head(h, w, target), [hidden, weight]))
 
 
-# --- blocks --------------------------------------------------------------------------------------------------------
+# --- blocks of a cycle -----------------------------------------------------------------------------------------------
 
 
-def blocks(desk: Desk) -> None:
-    """A block of each model on a whole video; of the smaller one with gradient, and on a chunk behind a past."""
-    if desk.rehearsal:
-        small = WanShape(256, 512, 2, 2, 16, 16, 32)
-        made = [Pass("tiny", small, 1, (2, 2, 3), 0, True, 8), Pass("tiny", small, 1, (1, 2, 3), 12, False, 8)]
-    else:
-        grid = (21, 30, 52)
-        made = [Pass("14B", MODELS["14B"], 1, grid, 0, False)]
-        made += [Pass("1.3B", MODELS["1.3B"], 1, grid, 0, gradient) for gradient in (False, True)]
-        made += [Pass("1.3B", MODELS["1.3B"], 1, (3, 30, 52), 6 * 4680, gradient) for gradient in (False, True)]
-    dense = _dense(desk, made[0].shape)
-    for each in made:
-        kind = "forward, recomputation and backward" if each.gradient else "forward"
-        case = Case(f"block {kind}", "", str(each))
-        for variant, ops in arithmetics(desk, case, each.shape.dim // each.shape.heads):
-            one = replace(case, variant=f"{variant}, {dense[0]}", work=each.work(variant, dense[0]))
-            desk.time(one, block(desk, each, ops, dense[1]))
+class By(NamedTuple):
+    """Who computes a block: between attention and products, and attention; words for both."""
+
+    arithmetic: str
+    dense: str
+    words: str
 
 
-def _dense(desk: Desk, shape: WanShape) -> tuple[str, Backends]:
-    choice = select("auto", "dense", Need(desk.device.type, desk.dtype, (shape.dim // shape.heads,)))
-    return choice.dense, choice.backends
+def _attending(desk: Desk, shape: WanShape, fused: bool) -> Choice:
+    """What a run takes beside this arithmetic: our kernels join attention's parts beside the fused one alone."""
+    need = Need(desk.device.type, desk.dtype, (shape.dim // shape.heads,))
+    return select("auto", "dense", replace(need, no_kernels="") if fused else need)
 
 
 def block(desk: Desk, each: Pass, ops: TokenOps, backends: Backends) -> Callable[[], object]:
@@ -181,9 +174,11 @@ def block(desk: Desk, each: Pass, ops: TokenOps, backends: Backends) -> Callable
     rows = each.grid[1] * each.grid[2]
     places = ops.place(Placement(each.grid, each.past // rows), head_dim, x)
     inputs = BlockInputs(modulation, places, backends.dense, text)
-    cache = (desk.drawn(each.batch, each.past + each.tokens, shape.heads, head_dim) for _ in range(2))
-    room = () if each.gradient else (each.past, each.past + each.tokens)
-    held = Held(*cache, (0, each.past), room) if each.past else None
+    held = None
+    if each.past:
+        kept = each.past + each.tokens
+        keys, values = (desk.drawn(each.batch, kept, shape.heads, head_dim) for _ in range(2))
+        held = Held(keys, values, (0, each.past), () if each.gradient else (each.past, kept))
     if each.gradient:
         leaves = [x.requires_grad_(), *network.parameters()]
         run = lambda: torch.utils.checkpoint.checkpoint(
@@ -198,40 +193,33 @@ def block(desk: Desk, each: Pass, ops: TokenOps, backends: Backends) -> Callable
     return forward
 
 
-# --- a cycle -------------------------------------------------------------------------------------------------------
-
-
-def cycle(desk: Desk, path: Path) -> None:
-    """One sample's cycle of the recipe's dmd stage: each distinct pass of a Wan network measured on one block, times
-    its blocks and how often it is made. Outside: embeddings, heads, predictor, optimizer, collectives."""
-    from mirai_dist.config import load as load_recipe
-    from mirai_dist.plan import passes
-
-    resolved = load_recipe(path)
-    recipe = resolved.of_stage(resolved.recipe.study_stage).recipe
-    stage = recipe.stages[recipe.study_stage]
+def assembled(desk: Desk) -> None:
+    """A cycle of the recipe put together: each distinct pass of a Wan network measured on one block, times its blocks
+    and how often it is made. Outside: embeddings, heads, predictor, optimizer, and all that FSDP does."""
+    one = one_gpu(desk)
+    if one is None:
+        desk.skip(Case("assembled cycle", "any", "one sample"), TOO_LARGE)
+        return
     counted: dict[tuple[Pass, str], float] = {}
-    for update in passes.updates(recipe, stage, ranks=1):
+    for update in passes.updates(one.recipe, one.recipe.stages[one.job.stage], ranks=1):
         for each in update.passes:
-            if each.role not in ("predictor", "text") and len(each.attention) == 1:
-                key = _of_planner(recipe, each), each.phase
+            if each.role not in ("predictor", "text"):
+                key = _of_planner(one.recipe, each), phase_name(update.name, each.phase)
                 counted[key] = counted.get(key, 0.0) + update.times * each.count * each.blocks
-    measured: dict[tuple[str, str], dict[Pass, float | None]] = {}
-    for shape in dict.fromkeys(each.shape for each, _ in counted):
-        dense = _dense(desk, shape)
-        for each in dict.fromkeys(each for each, _ in counted if each.shape == shape):
-            case = Case("block of a cycle", "", str(each))
-            for variant, ops in arithmetics(desk, case, shape.dim // shape.heads):
-                name = f"{variant}, {dense[0]}"
-                one = replace(case, variant=name, work=each.work(variant, dense[0]))
-                measured.setdefault((variant, dense[0]), {})[each] = desk.time(one, block(desk, each, ops, dense[1]))
-    for (variant, dense_name), times in measured.items():
-        _assembled(desk, (variant, dense_name), counted, times)
+    measured: dict[By, dict[Pass, float | None]] = {}
+    for each in dict.fromkeys(each for each, _ in counted):
+        kind = "forward, recomputation and backward" if each.gradient else "forward"
+        case = Case(f"block {kind}", "", str(each))
+        for arithmetic, ops in arithmetics(desk, case, each.shape.dim // each.shape.heads):
+            choice = _attending(desk, each.shape, arithmetic == "fused")
+            by = By(arithmetic, choice.dense, in_words(arithmetic, choice))
+            row = replace(case, variant=by.words, work=each.work(by.arithmetic, by.dense))
+            measured.setdefault(by, {})[each] = desk.time(row, block(desk, each, ops, choice.backends))
+    for by, times in measured.items():
+        _assembled(desk, by, counted, times)
 
 
-def _of_planner(recipe: Any, each: Any) -> Pass:
-    from mirai_dist.plan.shapes import frame_tokens, network_of
-
+def _of_planner(recipe: schema.Recipe, each: passes.Pass) -> Pass:
     network, channels = network_of(each.role, recipe), recipe.video.channels
     widths = network.dim, network.ffn_dim, network.heads
     shape = WanShape(*widths, network.blocks, recipe.text.dim, channels, network.freq_dim)
@@ -240,22 +228,23 @@ def _of_planner(recipe: Any, each: Any) -> Pass:
 
 
 def _assembled(
-    desk: Desk,
-    by: tuple[str, str],
-    counted: dict[tuple[Pass, str], float],
-    times: dict[Pass, float | None],
+    desk: Desk, by: By, counted: dict[tuple[Pass, str], float], times: dict[Pass, float | None]
 ) -> None:
-    """A row a phase, and one for their sum; a phase of which a pass was not measured is not added up."""
+    """A row a phase, backward in that of its forward, and one for all without and with foresight; a phase of which a
+    pass was not measured is not added up."""
     phases: dict[str, list[tuple[float, Pass]]] = {}
     for (each, phase), count in counted.items():
         phases.setdefault(phase, []).append((count, each))
-    phases["all"] = [(count, each) for (each, _), count in counted.items()]
-    for phase, made in phases.items():
-        case = Case(f"cycle, {phase}", ", ".join(by), f"{sum(count for count, _ in made):.1f} blocks")
-        found = [(count, times.get(each), desk.predicted_ms(each.work(*by))) for count, each in made]
+    base = [part for phase, parts in phases.items() if phase != ENCODER for part in parts]
+    rows = [(phase, True, parts) for phase, parts in phases.items()]
+    rows += [(ALL, False, base), (ALL, True, [*base, *phases[ENCODER]])]
+    for phase, foresight, made in rows:
+        case = Case(f"{NAMES[foresight]}: {phase}", by.words, f"{sum(count for count, _ in made):.1f} blocks")
+        found = [(count, times.get(each), desk.predicted_ms(each.work(*by[:2]))) for count, each in made]
         if any(ms is None for _, ms, _ in found):
             desk.skip(case, "a pass of it was not measured")
             continue
         known = all(predicted is not None for *_, predicted in found)
         predicted = sum(count * (each or 0.0) for count, _, each in found) if known else None
-        desk.write(case, ms=sum(count * (ms or 0.0) for count, ms, _ in found), predicted_ms=predicted)
+        ms = sum(count * (ms or 0.0) for count, ms, _ in found)
+        desk.write(case, phase=phase, foresight=foresight, ms=ms, predicted_ms=predicted)

@@ -52,9 +52,15 @@ class Desk:
         """Normal numbers: zeros are multiplied faster."""
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
-    def time(self, case: Case, function: Callable[[], Any]) -> float | None:
-        """Milliseconds, the median of each of two runs; written as a row. None where it did not run."""
-        if time.monotonic() > self._ends:
+    @property
+    def left(self) -> float:
+        """Seconds until the section's deadline."""
+        return self._ends - time.monotonic()
+
+    def time(self, case: Case, function: Callable[[], Any], **found: Any) -> float | None:
+        """Milliseconds, the median of each of two runs; written as a row, with what else was found. None where it did
+        not run."""
+        if self.left < 0:
             self.skip(case, "the section's deadline was over")
             return None
         try:
@@ -64,7 +70,7 @@ class Desk:
             self.skip(case, f"fails with {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
             return None
         predicted, sources = self._predicted(case.work)
-        self.write(case, ms=first, ms_again=second, predicted_ms=predicted, predicted_from=sources)
+        self.write(case, ms=first, ms_again=second, predicted_ms=predicted, predicted_from=sources, **found)
         return min(first, second)
 
     def skip(self, case: Case, reason: str) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from benchmarks.session import attention, blocks
+from benchmarks.session import attention, blocks, cycles, profile_parts, replay
 from benchmarks.session.measure import NO_CUDA, Case, Desk, Work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,11 +81,13 @@ SECTIONS: dict[str, Callable[[Desk], None]] = {
     "ceilings": ceilings,
     "gates": gates,
     "certificate": certificate,
+    "cycle": cycles.cycles,
+    "profile": profile_parts.parts,
+    "replay": replay.steps,
+    "assembled": blocks.assembled,
     "attention": attention.backends,
     "chunk_backward": attention.chunk_backward,
     "fused": blocks.fused,
-    "blocks": blocks.blocks,
-    "cycle": lambda desk: blocks.cycle(desk, ROOT / RECIPES[desk.rehearsal]),
 }
 
 
@@ -97,6 +100,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     SECTIONS[options.name](Desk(options.name, options.out, options.seconds, options.rehearse))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from mirai_dist.plan.shapes import frame_tokens, network_of
 
 @dataclass(frozen=True, order=True)
 class Dense:
-    """A call of dense attention; `past` of the keys come from a cache, which is longer than what is seen of it."""
+    """A call of dense attention; `past` of the keys come from a cache, which is longer than what is seen of it. sink:
+    the first so many of them, which a window keeps: they lie apart from the others."""
 
     batch: int
     queries: int
@@ -21,9 +22,11 @@ class Dense:
     heads: int
     head_dim: int
     past: int = 0
+    sink: int = 0
 
     def __str__(self) -> str:
         past = f", {self.past} of them cached" if self.past else ""
+        past += f" and {self.sink} of those in a sink" if self.sink else ""
         return f"{self.batch} x {self.queries} queries, {self.keys} keys{past}, {self.heads} heads of {self.head_dim}"
 
 
@@ -155,8 +158,9 @@ def _width(recipe: Recipe, role: str) -> tuple[int, int]:
 
 def _dense(recipe: Recipe, each: Pass) -> Iterator[Dense]:
     width = _width(recipe, each.role)
+    past, sink = _past(each), recipe.rollout.sink_frames * frame_tokens(recipe)
     for queries, keys in each.attention:
-        yield Dense(each.batch, queries, keys, *width, _past(each))
+        yield Dense(each.batch, queries, keys, *width, past, sink if sink < past else 0)
     if each.role != "predictor":
         yield Dense(each.batch, each.tokens, recipe.text.length, *width)
 

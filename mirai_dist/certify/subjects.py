@@ -58,6 +58,17 @@ def poisoned(x: Tensor, unused: int) -> Tensor:
     return store
 
 
+def _in_runs(x: Tensor, parts: tuple[int, ...], unused: int) -> Tensor:
+    """x [B, tokens, ...] in parts of so many tokens, each `poisoned`."""
+    return torch.cat([poisoned(each, unused) for each in x.split(parts, dim=1)], dim=1)
+
+
+def _ends(parts: tuple[int, ...], unused: int) -> tuple[int, ...]:
+    """First and end of the tokens of each part in `_in_runs`."""
+    firsts = [sum(parts[:index]) + index * unused for index in range(len(parts))]
+    return tuple(end for first, part in zip(firsts, parts, strict=True) for end in (first, first + part))
+
+
 def _inputs(batch: int, tokens: tuple[int, ...], heads: int, head_dim: int) -> Callable[[torch.device], list[Tensor]]:
     return lambda device: [drawn(device, seed, batch, count, heads, head_dim) for seed, count in enumerate(tokens)]
 
@@ -256,9 +267,10 @@ class _Kernels:
         return {name: self.missing or made(name) for name in names or LIBRARIES}
 
     def chunk_attention(self, call: Dense) -> Subject:
-        """Cached keys are constants, in a cache whose unused end is NaN."""
+        """Cached keys are constants, in runs of a cache that is NaN after each: of the sink, then of the ring."""
         own = call.keys - call.past
         size = call.batch, call.past, call.heads, call.head_dim
+        parts = (call.sink, call.past - call.sink) if call.sink else (call.past,)
 
         def cached(x: Tensor) -> list[Tensor]:
             return [drawn(x.device, seed, *size).to(self.dtype).to(x) for seed in (7, 8)]
@@ -273,8 +285,8 @@ class _Kernels:
             from mirai_kernels.chunk_attention.op import chunk_attention
 
             def function(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-                keys, values = (poisoned(each, own) for each in cached(q))
-                return [chunk_attention(q, (k, v), Cached(keys, values, (0, call.past)), by)[0]]
+                keys, values = (_in_runs(each, parts, own) for each in cached(q))
+                return [chunk_attention(q, (k, v), Cached(keys, values, _ends(parts, own)), by)[0]]
 
             return function
 

@@ -53,7 +53,7 @@ class Profiling:
             self.finish()
         elif self._cycles == 0 and self._wish.rank == self._rank:
             self._name = f"{title.replace(' ', '-')}-cycle-{cycle:06d}-rank-{self._rank}-{time.time_ns()}.json.gz"
-            self._profile = profile(activities=_activities())
+            self._profile = profile(activities=activities())
             self._profile.start()
         self._cycles += 1
 
@@ -71,6 +71,7 @@ class Profiling:
         )
 
 
-def _activities() -> list[ProfilerActivity]:
+def activities() -> list[ProfilerActivity]:
+    """What a profile records: operators of the CPU, and kernels of a GPU where there is one."""
     on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     return [ProfilerActivity.CPU, *on_gpu]

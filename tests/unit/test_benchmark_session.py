@@ -39,7 +39,7 @@ def check(name: str, found: dict[str, Any]) -> None:
     died = [row for row in found["rows"] if row.get("skipped", "").startswith("fails with")]
     assert not died, died
     for row in found["rows"]:
-        assert ("ms" in row) + ("skipped" in row) + ("passed" in row) == 1, row
+        assert sum(kind in row for kind in ("ms", "skipped", "passed", "percent")) == 1, row
         assert row.get("ms", 1.0) > 0
 
 
@@ -59,6 +59,16 @@ def test_all_of_it_runs_without_a_gpu(tmp_path: Path) -> None:
         check(name, section)
         assert f"## {name}: done" in (tmp_path / "session.md").read_text()
     assert found["certificate"]["rows"][0]["passed"]
+    phases = {row["phase"] for row in found["cycle"]["rows"] if row.get("foresight")}
+    assert {"generator rollout", "generator encoder", "critic backward", "replay", "all"} <= phases
+    assert "## The cycle by phase" in (tmp_path / "session.md").read_text()
+    parts = {row["case"] for row in found["profile"]["rows"]}
+    assert parts == {f"{part}{by}" for part in ("chunk pass", "critic step") for by in ("", " by kind", " by kernel")}
+    assert 0 < (tmp_path / "profile.json.gz").stat().st_size < 16 << 20
+    assert [row["variant"].split(",")[0] for row in found["replay"]["rows"] if "predicted_ms" in row] == [
+        "autograd",
+        "static memory",
+    ]
     assert (tmp_path / "session.svg").read_text().count("<rect") > 20
 
 

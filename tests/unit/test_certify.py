@@ -159,6 +159,15 @@ def test_an_answer_an_offset_is_a_head_each() -> None:
     assert {each.tokens for each in found.heads} == {3 * samples * places, 1 * samples * places}
 
 
+def test_a_window_reads_its_sink_apart_from_its_ring() -> None:
+    slid = ("rollout.window_frames=12", "rollout.sink_frames=3")
+    found = shapes_of(load("recipes/wan/causal-forcing-chunkwise-mirai-8x8.yaml", slid).recipe)
+    chunk = 3 * 30 * 52
+    seen = {(each.past // chunk, each.sink // chunk) for each in found.dense if each.past}
+    assert seen == {(1, 0), (2, 1), (3, 1)}  # the second segment sees the sink alone
+    assert "14040 of them cached and 4680 of those in a sink" in str(max(found.dense, key=lambda each: each.past))
+
+
 # --- certificates ----------------------------------------------------------------------------------------------
 
 
