@@ -345,13 +345,14 @@ class Parallel:
         "auto",
         help="what computes norms, rotary positions, gates and the foresight head, and joins attention's parts; fused: "
         "Triton kernels that move each tensor once; auto: those, where they are found exact on this machine, which "
-        "CPUs cannot run",
+        "CPUs cannot run (but in Triton's interpreter, TRITON_INTERPRET=1: fused takes them there, for checks)",
         choices=("auto", "reference", "fused"),
     )
     certificates: str = key(
         "prefer",
         help="what needs a certificate of `mirai bench kernels --certify`; prefer: fused kernels, and of attention "
-        "without one is warned; require: both, or the run ends; ignore: nothing",
+        "without one is warned; require: both, or the run ends; ignore: nothing; fused kernels in Triton's interpreter "
+        "have none and need none",
         choices=("ignore", "prefer", "require"),
     )
     certificate_folder: str = key(

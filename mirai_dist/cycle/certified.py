@@ -6,6 +6,7 @@ prefer                  not taken by auto, refused by name     taken, with a war
 require                 refused                                refused
 
 Fused kernels are the token operators, the one that writes a cache among them, and those that join attention's parts.
+On a CPU they run in Triton's interpreter alone, for checks, which no certificate is of: there the probe decides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def failed_backends(recipe: schema.Recipe, device: torch.device) -> frozenset[st
 
 def lacking_kernels(recipe: schema.Recipe, device: torch.device) -> str:
     """Why the fused kernels may not be taken; empty: they may."""
-    if recipe.parallel.certificates == "ignore":
+    if recipe.parallel.certificates == "ignore" or device.type == "cpu":
         return ""
     shapes = shapes_of(recipe)
     asked = (
@@ -48,7 +49,7 @@ def lacking_kernels(recipe: schema.Recipe, device: torch.device) -> str:
 
 def lacking_parts(recipe: schema.Recipe, device: torch.device, choice: Choice) -> str:
     """Why the kernels that join attention's parts may not serve as chosen; empty: they may, or do not."""
-    if recipe.parallel.certificates == "ignore":
+    if recipe.parallel.certificates == "ignore" or device.type == "cpu":
         return ""
     by, shapes, reason = split.LIBRARIES.get((device.type, choice.dense), ""), shapes_of(recipe), ""
     if choice.behind == SPLIT:

@@ -35,14 +35,20 @@ class Fusing:
 
 
 def fusing_of(recipe: schema.Recipe, device: torch.device) -> Fusing:
-    """The choice for all networks of a recipe. Raises RecipeError where `parallel.kernels` names what cannot serve."""
+    """The choice for all networks of a recipe. Raises RecipeError where `parallel.kernels` names what cannot serve.
+
+    A CPU runs the kernels in Triton's interpreter alone, and only where they are named: it is for checks, and slow.
+    """
     asked = recipe.parallel.kernels
     if asked == "reference":
         return Fusing(PLAIN, asked)
     networks = (recipe.teacher, recipe.generator, recipe.critic)
     shapes = tuple(sorted({(network.dim, network.heads) for network in networks}))
     head = recipe.generator.dim, recipe.teacher.dim
-    found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes, head)
+    if device.type == "cpu" and not (asked == "fused" and _interpreted()):
+        found = Fusing(PLAIN, "reference", "run on GPUs")
+    else:
+        found = _fused(device.type, getattr(torch, recipe.parallel.compute_dtype), shapes, head)
     uncertified = "" if found.reason else lacking_kernels(recipe, device)
     if uncertified:
         found = Fusing(PLAIN, "reference", f"{uncertified}; {MAKE}")
@@ -67,23 +73,31 @@ def comparison_of(recipe: schema.Recipe, device: torch.device) -> Comparison:
     return plain(arithmetic)
 
 
+def _interpreted() -> bool:
+    """Whether this process interprets Triton's kernels (TRITON_INTERPRET=1 when triton was imported)."""
+    try:
+        from triton import knobs
+    except ModuleNotFoundError:
+        return False
+    return knobs.runtime.interpret
+
+
 @lru_cache
 def _fused(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], head: tuple[int, int]) -> Fusing:
     """The fused kernels if they are exact here, else plain torch and why. Probed once a process.
 
     shapes: width and heads of every network. head: widths that the predictor maps from and to.
     """
-    if device == "cpu":
-        return Fusing(PLAIN, "reference", "run on GPUs")
     try:
         ops, comparison = load(), comparing.load(PRESETS["paper"])
     except ModuleNotFoundError as error:
         return Fusing(PLAIN, "reference", f"need the package {error.name}")
-    for dim, heads in shapes:
-        error = largest_error(ops, dim, heads, torch.device(device), dtype)
-        if not error <= BOUNDS[dtype]:
-            return Fusing(PLAIN, "reference", f"are {error:.1e} from exact at {dim} channels, {heads} heads")
-    error = comparing.largest_error(comparison, head, torch.device(device), dtype)
+    with torch.device("cpu"):  # whoever asks may be building a network on the meta device
+        for dim, heads in shapes:
+            error = largest_error(ops, dim, heads, torch.device(device), dtype)
+            if not error <= BOUNDS[dtype]:
+                return Fusing(PLAIN, "reference", f"are {error:.1e} from exact at {dim} channels, {heads} heads")
+        error = comparing.largest_error(comparison, head, torch.device(device), dtype)
     if not error <= BOUNDS[dtype]:
         return Fusing(PLAIN, "reference", f"are {error:.1e} from exact in a head of {head[0]} to {head[1]} channels")
     return Fusing(ops, "fused")

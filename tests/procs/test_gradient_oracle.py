@@ -34,7 +34,6 @@ from tests.procs.conftest import run_threads
 from tests.procs.tiny import TIMEOUT
 
 CYCLES = (0, 3)  # whose exit steps are the first and the last
-SAMPLES = [0, 1, 2, 3]
 Gradients = dict[str, Tensor]
 
 
@@ -93,6 +92,11 @@ class PrefixAttention:
         return torch.einsum("bhqk,bkhd->bqhd", weights, seen[1])
 
 
+def samples_of(recipe: schema.Recipe) -> list[int]:
+    """Offsets of a global batch."""
+    return list(range(recipe.stages["distil"].batch.global_size))
+
+
 @dataclasses.dataclass
 class Reference:
     """Plain float64 networks of one recipe and the numbers that an update draws."""
@@ -101,6 +105,7 @@ class Reference:
 
     def __post_init__(self) -> None:
         self.context = self.recipe.rollout.context_timestep
+        self.samples = samples_of(self.recipe)
         shapes = {"generator": self.recipe.generator, "critic": self.recipe.critic, "teacher": self.recipe.teacher}
         self.networks: dict[str, Any] = {n: WanModel(wan_shape(shape, self.recipe)) for n, shape in shapes.items()}
         self.networks["predictor"] = predictor_model.Predictor(
@@ -176,15 +181,15 @@ class Reference:
         first_exit = self.draws.integer("distil/first_exit", cycle, 0, 0, len(first_steps) or 1)
         total, later = recipe.rollout.total_frames or video.latent_frames, 0
         noises = 1 + max(len(steps), len(first_steps))
-        noise = self.draws.normal("distil/rollout", cycle, 0, SAMPLES, (noises, total, *shape)).double()
+        noise = self.draws.normal("distil/rollout", cycle, 0, self.samples, (noises, total, *shape)).double()
         latents, states = self.rollout(noise.transpose(0, 1), text, exit_step, first_exit)
         if total > video.latent_frames:  # the clip begins with a picture, and its first segment is not trained
             context = latents[:, : total - video.latent_frames + 1].detach()
             latents = torch.cat((as_image(context), latents[:, context.shape[1] :]), dim=1)
             later = video.frames_per_segment
-        integers = [self.integer(cycle, sample, [*steps, 0][exit_step : exit_step + 2]) for sample in SAMPLES]
+        integers = [self.integer(cycle, sample, [*steps, 0][exit_step : exit_step + 2]) for sample in self.samples]
         timesteps = torch.tensor([min(max(self.shifted(i / 1000), 20.0), 980.0) for i in integers]).double()
-        score_noise = self.draws.normal("distil/score/noise", cycle, 0, SAMPLES, latents.shape[1:]).double()
+        score_noise = self.draws.normal("distil/score/noise", cycle, 0, self.samples, latents.shape[1:]).double()
         with torch.no_grad():
             sigma = self.sigma(timesteps)
             noisy = (1 - sigma) * latents + sigma * score_noise
@@ -232,10 +237,11 @@ class Reference:
 @functools.cache
 def expected(overrides: tuple[str, ...], cycle: int) -> Gradients:
     recipe = tiny.recipe(*overrides)
+    samples = samples_of(recipe)
 
     def body(rank: int) -> tuple[Tensor, Tensor]:
         run, cursor = tiny.run_of(recipe), Cursor(tiny.SEED, "distil/generator", size=None)
-        return run.encode([cursor.index(n) for n in SAMPLES], SAMPLES).double(), run.negative.double()
+        return run.encode([cursor.index(n) for n in samples], samples).double(), run.negative.double()
 
     return Reference(recipe).gradients(cycle, *run_threads(1, body, timeout=TIMEOUT)[0])
 

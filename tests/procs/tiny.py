@@ -113,15 +113,16 @@ def console(folder: Path) -> Console:
     return Console(dist.get_rank(), "here", folder / "logs" / f"rank-{dist.get_rank()}.log")
 
 
-def world() -> World:
+def world(device: torch.device = CPU) -> World:
     """This rank among those of the present process group, all on one host."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    return World(rank, rank, ranks, ranks, "here", CPU, store=None)  # type: ignore[arg-type]  # stages need none
+    return World(rank, rank, ranks, ranks, "here", device, store=None)  # type: ignore[arg-type]  # stages need none
 
 
-def run_of(recipe: schema.Recipe, seed: int = SEED, stage: str = "distil", run_dir: Path = Path()) -> Run:
+def run_of(recipe: schema.Recipe, seed: int = SEED, stage: str = "distil", run_dir: Path = Path(),
+           device: torch.device = CPU) -> Run:
     """What stages share, on this rank of the present process group, made as the pipeline makes it."""
-    place = Place(world(), run_dir, None, StopRequest())  # type: ignore[arg-type]
+    place = Place(world(device), run_dir, None, StopRequest())  # type: ignore[arg-type]
     return make_run(Job(stage, "", Path(), recipe, seed), place)
 
 
@@ -133,12 +134,12 @@ class WideDraws(Draws):
 
 
 def stage_of(recipe: schema.Recipe, name: str, engine: type[FsdpEngine] = FsdpEngine, seed: int = SEED,
-             run_dir: Path = Path()) -> Any:
+             run_dir: Path = Path(), device: torch.device = CPU) -> Any:
     """A stage on this rank without parents, its networks sharded over the present process group."""
-    run = run_of(recipe, seed, name, run_dir)
+    run = run_of(recipe, seed, name, run_dir, device)
     wide = recipe.parallel.compute_dtype == "float64"
     run = dataclasses.replace(run, engine=engine(run.engine.mesh, run.engine.device, run.engine.waiting),
-                              draws=(WideDraws if wide else Draws)(seed, CPU))
+                              draws=(WideDraws if wide else Draws)(seed, device))
     return STAGES[recipe.stages[name].kind](name, run, Starts())
 
 

@@ -11,7 +11,7 @@ import torch
 from mirai_dist.config import RecipeError, load, schema
 from mirai_dist.cycle import comparing, fusing
 from mirai_dist.cycle.fusing import Fusing, comparison_of, fusing_of
-from mirai_dist.method.foresight import PRESETS, Comparison
+from mirai_dist.method.foresight import PRESETS, Comparison, plain
 from mirai_dist.models.wan import token_ops
 from tests.procs import tiny
 
@@ -23,8 +23,8 @@ def fresh() -> None:
     fusing._fused.cache_clear()
 
 
-def recipe(kernels: str) -> schema.Recipe:
-    return load(tiny.RECIPE, (f"parallel.kernels={kernels}", "parallel.certificates=ignore")).recipe
+def recipe(kernels: str, certificates: str = "ignore") -> schema.Recipe:
+    return load(tiny.RECIPE, (f"parallel.kernels={kernels}", f"parallel.certificates={certificates}")).recipe
 
 
 @pytest.fixture
@@ -44,6 +44,29 @@ def test_cpus_compute_in_plain_torch_and_say_why(with_triton: token_ops.Fused) -
     assert chosen.told() == "reference: the kernels run on GPUs"
     with pytest.raises(RecipeError, match="parallel.kernels: the fused kernels run on GPUs; use auto or reference"):
         fusing_of(recipe("fused"), CPU)
+
+
+@pytest.mark.parametrize("certificates", ["ignore", "prefer", "require"])
+def test_tritons_interpreter_runs_them_on_a_cpu_where_they_are_named(
+    certificates: str, with_triton: token_ops.Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusing, "_interpreted", lambda: True)
+    monkeypatch.setattr(fusing, "largest_error", lambda *_: 1e-7)
+    monkeypatch.setattr(comparing, "largest_error", lambda *_: 1e-7)
+    assert fusing_of(recipe("fused", certificates), CPU) == Fusing(with_triton, "fused")
+    assert fusing_of(recipe("auto", certificates), CPU).told() == "reference: the kernels run on GPUs"
+    fusing._fused.cache_clear()
+    monkeypatch.setattr(fusing, "largest_error", lambda *_: 1e-3)
+    with pytest.raises(RecipeError, match="parallel.kernels: the fused kernels are 1.0e-03 from exact"):
+        fusing_of(recipe("fused", certificates), CPU)
+
+
+def test_kernels_are_probed_while_a_network_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "_interpreted", lambda: True)
+    monkeypatch.setattr(fusing, "load", lambda: token_ops.PLAIN)
+    monkeypatch.setattr(comparing, "load", plain)
+    with torch.device("meta"):
+        assert fusing_of(recipe("fused"), CPU) == Fusing(token_ops.PLAIN, "fused")
 
 
 def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
