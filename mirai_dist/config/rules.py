@@ -16,6 +16,7 @@ from mirai_dist.config.error import RecipeError
 from mirai_dist.config.kinds import PRODUCES, refusal
 from mirai_dist.config.schema import Batch, Network, Optimizer, Recipe, Stage
 from mirai_dist.config.steps import REPORT
+from mirai_dist.config.worlds import impossible
 
 
 class Problem(NamedTuple):
@@ -263,6 +264,14 @@ def _radius_jitter(recipe: Recipe) -> Iterator[Problem]:
         jitter, radius = recipe.world.radius_jitter, recipe.world.radius
         what = f"world.radius_jitter {jitter:g} must be less than world.radius {radius:g}"
         yield Problem(("world.radius_jitter", "world.radius"), what)
+
+
+@rule("world-room")
+def _world_room(recipe: Recipe) -> Iterator[Problem]:
+    used = recipe.text.encoder == "vocabulary" or not (recipe.data.prompts or recipe.data.latents)
+    problem = impossible(recipe.world, recipe.video)
+    if used and problem:
+        yield Problem(("video.latent_height", "video.latent_width", "world.speed", "world.radius"), problem)
 
 
 # --- the pipeline --------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mirai_dist.config import schema
+from mirai_dist.config.worlds import PIXELS_PER_LATENT as PIXELS_PER_LATENT
+from mirai_dist.config.worlds import impossible
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -27,7 +29,6 @@ RGB = torch.tensor([[0.90, -0.25, -0.25], [-0.25, 0.80, -0.25], [-0.25, -0.10, 0
 # Unit vectors of DIRECTIONS in (x, y); y grows downwards.
 UNIT = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]], dtype=torch.float64)
 
-PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
 PILLAR_WIDTH = 8.0
 EDGE_WIDTH = 1.5  # pixels over which coverage falls from 1 to 0
@@ -110,7 +111,9 @@ class World:
         self.height = PIXELS_PER_LATENT * video.latent_height
         self.width = PIXELS_PER_LATENT * video.latent_width
         self._travel = world.speed * (video.latent_frames - 1)
-        self._check()
+        problem = impossible(world, video)
+        if problem:
+            raise ValueError(problem)
 
     def caption(self, index: int) -> str:
         """Caption of clip `index`, such as 'a red circle moving left'."""
@@ -162,26 +165,6 @@ class World:
     def _uniform(self, index: Tensor, purpose: int) -> Tensor:
         key = _mix(_mix(torch.full_like(index, self.seed)) + purpose)
         return _top_bits(_mix(key + index))
-
-    def _check(self) -> None:
-        largest = self.world.radius + self.world.radius_jitter
-        side = min(self.height, self.width)
-        if self.world.radius_jitter < 0 or self.world.radius - self.world.radius_jitter <= 0:
-            raise ValueError(
-                f"world.radius {self.world.radius:g} +- {self.world.radius_jitter:g} is not positive: "
-                "lower world.radius_jitter"
-            )
-        if self.world.speed <= 0 or side <= 2 * largest:
-            raise ValueError(
-                f"world.radius {largest:g} and speed {self.world.speed:g} do not fit {side} pixels: "
-                "need a positive speed and a shape smaller than the picture"
-            )
-        if self.world.level == "free" and side - 2 * largest <= self._travel:
-            raise ValueError(
-                f"world.level free: a shape of half extent {largest:g} moving {self._travel:g} pixels in "
-                f"{self.video.latent_frames} latent frames has no free start in {side} pixels: "
-                "lower world.speed or world.radius, or set world.level=bounce"
-            )
 
 
 def _signed_distance(x: Tensor, y: Tensor, shape: Tensor, radius: Tensor) -> Tensor:

@@ -85,10 +85,10 @@ def test_origins_are_relative_to_the_working_directory(
 
 
 def test_extends_a_list_where_the_later_one_wins(write: Callable[..., Path]) -> None:
-    write("seed: 8\nworld: {speed: 9.0}\n", "more.yaml")
+    write("seed: 8\nworld: {speed: 0.9}\n", "more.yaml")
     path = write("extends: [small.yaml, more.yaml]\nname: mine\n")
     recipe = load(path).recipe
-    assert (recipe.seed, recipe.world.speed, recipe.world.radius, recipe.name) == (8, 9.0, 4.5, "mine")
+    assert (recipe.seed, recipe.world.speed, recipe.world.radius, recipe.name) == (8, 0.9, 4.5, "mine")
 
 
 def test_overrides_reach_sections_lists_and_named_entries() -> None:
