@@ -108,7 +108,7 @@ def elementwise(recipe: Recipe, each: Pass) -> float:
         compared = each.tokens * sum(each.answers)
         return scale * (rows * each.blocks * dim * (70 + 16) + 20 * compared * recipe.teacher.dim)
     network = network_of(each.role, recipe)
-    past = 8 * each.batch * each.past * network.dim  # keys and values are put behind those of the past
+    past = 8 * each.batch * each.past * network.dim if each.gradient else 0  # keys and values put behind the past's
     return scale * each.blocks * (rows * (ELEMENTWISE * network.dim + 4 * network.ffn_dim) + past)
 
 

@@ -103,7 +103,7 @@ def test_what_drivers_call_them(model: str, name: str | None) -> None:
 
 def test_the_smallest_change_makes_it_fit(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, WAN, "--gpu", "a100-40gb", code=1).rstrip().splitlines()[-1]
-    assert text.startswith("does not fit: stage distil foresight needs ") and "teacher 15.3" in text
+    assert text.startswith("does not fit: stage distil foresight needs ") and "predictor 17.5" in text
     change = text.rpartition("; ")[2].partition(" (")[0]
     assert change == "parallel.sync_every_micro_batch=true"
     assert printed(capsys, WAN, "--gpu", "a100-40gb", change).rstrip().splitlines()[-1].startswith("fits: ")
