@@ -232,11 +232,13 @@ class _Ledger:
         if phase not in ("encoder", "predictor", "replay") or not found:
             return {}
         recipe, compute, rows = self.recipe, BYTES[self.recipe.parallel.compute_dtype], found[0].batch * found[0].tokens
-        wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion else compute
+        wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion and not fused_head(recipe) else compute
         targets = found[0].tokens * sum(found[0].answers) * recipe.teacher.dim
         if phase == "encoder":
             return {("features", "predictor"): targets * wide}
         compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
+        if fused_head(recipe):
+            compared = _of_fused_head(recipe, found[0])
         if phase == "replay":
             return {("features", "predictor"): compared}
         states = rows * recipe.generator.dim * compute
@@ -281,7 +283,8 @@ class _Ledger:
         compute = BYTES[self.recipe.parallel.compute_dtype]
         rows = each.batch * each.tokens
         if each.role == "predictor":
-            return each.tokens * sum(each.answers) * self.recipe.teacher.dim * WIDE * 2
+            predictions = each.tokens * sum(each.answers) * self.recipe.teacher.dim
+            return 0 if fused_head(self.recipe) else predictions * WIDE * 2
         network = network_of(each.role, self.recipe)
         again = block_kept(self.recipe, each) if self.networks[each.role].plan.recompute else 0
         return again + rows * (3 * network.dim + network.ffn_dim) * compute
@@ -298,6 +301,20 @@ class _Ledger:
 
 
 COMPARED = 3  # fp32 copies of the targets' size that a cosine keeps
+HEAD_CHUNK = 4096  # tokens whose predictions the fused head holds
+
+
+def fused_head(recipe: Recipe) -> bool:
+    """Whether it is known that predictions are compared by the fused head; `auto` decides where it runs."""
+    return recipe.parallel.kernels == "fused" and PRESETS[recipe.foresight.preset].wide_fusion
+
+
+def _of_fused_head(recipe: Recipe, each: Pass) -> int:
+    """Bytes of a chunk of predictions, and of the gradients that the fused head makes in forward: of what it reads, and
+    in fp32 of its weight."""
+    compute, dim, target_dim = BYTES[recipe.parallel.compute_dtype], recipe.generator.dim, recipe.teacher.dim
+    weight = len(each.answers) * target_dim * dim * WIDE
+    return HEAD_CHUNK * target_dim * compute + each.batch * each.tokens * dim * compute + weight
 
 
 def _add(held: dict[tuple[str, str], int], key: tuple[str, str], count: int) -> None:
@@ -322,8 +339,7 @@ def replay_pair(recipe: Recipe) -> int:
     """Bytes of the (state, target) pairs of one sample: states in the compute dtype, targets in fp32 where the preset
     fuses them in it, but for parallel.kernels=fused, whose unit vectors are in the compute dtype."""
     video, compute = recipe.video, BYTES[recipe.parallel.compute_dtype]
-    is_wide = PRESETS[recipe.foresight.preset].wide_fusion and recipe.parallel.kernels != "fused"
-    wide = WIDE if is_wide else compute
+    wide = WIDE if PRESETS[recipe.foresight.preset].wide_fusion and not fused_head(recipe) else compute
     supervised = len(supervised_segments(video.latent_frames // video.frames_per_segment, recipe.foresight.offsets))
     tokens = supervised * video.frames_per_segment * frame_tokens(recipe)
     return tokens * (recipe.generator.dim * compute + recipe.teacher.dim * wide)

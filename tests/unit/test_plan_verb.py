@@ -109,6 +109,19 @@ def test_the_smallest_change_makes_it_fit(capsys: pytest.CaptureFixture[str]) ->
     assert printed(capsys, WAN, "--gpu", "a100-40gb", change).rstrip().splitlines()[-1].startswith("fits: ")
 
 
+def test_the_fused_head_holds_no_predictions() -> None:
+    """One generator update, one sample: the predictor's part of its backward is mostly predictions and their cosine."""
+
+    def predictor(kernels: str) -> int:
+        recipe = load(WAN, [f"parallel.kernels={kernels}"]).recipe
+        (found,) = plan(recipe, Cluster(1, 8, H100)).stages
+        return max(sum(n for (_, role), n in each.held.items() if role == "predictor") for each in found.moments)
+
+    predictions = 7 * 4680 * 5120
+    assert predictor("reference") - predictor("fused") > (2 + 3 * 4 + 2 * 4) * predictions
+    assert predictor("reference") == predictor("auto")  # which of them serves is known where it runs
+
+
 def test_several_changes_where_one_is_not_enough(capsys: pytest.CaptureFixture[str]) -> None:
     wasteful = ["parallel.recompute=none", "parallel.reshard_after_forward=false"]
     text = printed(capsys, WAN, "--gpu", "a100-40gb", *wasteful, code=1).rstrip().splitlines()[-1]
