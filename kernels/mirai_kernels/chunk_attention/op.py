@@ -71,11 +71,13 @@ def _forward(
     cached = _cached(keys, values, runs)
     if by == TRITON:
         return tuple(launch.attend(Segment(q, k, v), cached))  # type: ignore[return-value]
-    library = LIBRARIES[by]
-    attended = library.forward(q, k, v)
-    for part in _parts(cached):
-        merge_launch(attended, library.forward(q, *part)).run()
-    return tuple(attended)  # type: ignore[return-value]
+    library, parts = LIBRARIES[by], _parts(cached)
+    out, lse = library.forward(q, k, v)
+    # Each part comes rounded, and their sum is rounded once more: not between one part and the next as well.
+    joined = Attended(out if len(parts) <= 1 else out.float(), lse)
+    for part in parts:
+        merge_launch(joined, library.forward(q, *part)).run()
+    return joined.out.to(q.dtype), lse
 
 
 @_forward.register_fake
