@@ -35,6 +35,11 @@ elif [ "$gpus" -eq 0 ] && [ ${#rehearse[@]} -eq 0 ]; then
   echo "gpu_session: the torch of '$python' sees no CUDA device; --rehearse runs it without" >&2
   exit 20
 fi
+# Every section imports the trainer: what that lacks would end each of them, one after the other.
+if ! lacking=$("$python" -c 'import benchmarks.session.section, pytest, pytest_timeout' 2>&1); then
+  echo "gpu_session: '$python' cannot load the sections: ${lacking##*$'\n'}; put its wheel into WHEELS" >&2
+  exit 20
+fi
 
 failed=0
 "$python" -m benchmarks.session "$out" "${rehearse[@]}" || failed=$?

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.session import __main__ as session
 from benchmarks.session import draw
+from benchmarks.session import section as sections
 from benchmarks.session.measure import NO_CUDA, Case, Desk, Work, rates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,21 @@ def test_all_of_it_runs_without_a_gpu(tmp_path: Path) -> None:
 def test_the_budget_is_under_nine_minutes_and_holds_every_section() -> None:
     assert session.BUDGET < 540
     assert sum(session.DEADLINES.values()) <= session.BUDGET
+
+
+def test_the_gates_run_every_test_that_is_marked_gpu() -> None:
+    there = {path.stem.removeprefix("test_") for path in (ROOT / "tests/gpu").glob("test_*.py")}
+    assert set(sections.GATES) == there and len(sections.GATES) == len(there)
+
+
+def test_a_session_that_lacks_a_package_names_it_and_measures_nothing(tmp_path: Path) -> None:
+    (tmp_path / "av.py").write_text("raise ModuleNotFoundError(\"No module named 'av'\", name='av')\n")
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    command = [str(ROOT / "benchmarks/gpu_session.sh"), "--rehearse", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 20 and not (tmp_path / "out/session.json").exists()
+    (line,) = done.stderr.splitlines()
+    assert "No module named 'av'" in line and "WHEELS" in line
 
 
 def test_a_section_that_hangs_costs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
