@@ -31,21 +31,25 @@ LIBRARIES = ("triton", "cudnn", "flash")  # by which our attention operators com
 
 
 def subjects(shapes: Shapes, device: torch.device) -> Iterator[Subject]:
-    """All of them, one after the other: each holds its tensors only while it is judged."""
+    """All of them, one after the other: each holds its tensors only while it is judged.
+
+    In the order in which a run misses them: fused kernels that have no certificate are not taken, attention is, with a
+    warning. It also takes longest in float64, whole videos most of all, which come last.
+    """
     widths = tuple(sorted({each.head_dim for each in shapes.dense}))
     need = Need(device.type, getattr(torch, shapes.dtype), widths)
-    for call in shapes.dense:
-        yield _dense(call, need)
-    for whole in shapes.segments:
-        yield from _segments(whole, need)
+    kernels = _Kernels(_unloaded(device), need.dtype)
+    yield from (kernels.cache_write(tokens) for tokens in shapes.tokens if tokens.copies == 1)
     for tokens in shapes.tokens:
         yield from _over_tokens(tokens, device)
     yield from (_cosine_head(head, need.dtype, _unloaded(device)) for head in shapes.heads)
     yield from (_target_fusion(fusion, _unloaded(device)) for fusion in shapes.fusions)
-    kernels = _Kernels(_unloaded(device), need.dtype)
     yield from (kernels.chunk_attention(call) for call in shapes.dense if call.past)
     yield from (kernels.prefix_attention(whole) for whole in shapes.segments)
-    yield from (kernels.cache_write(tokens) for tokens in shapes.tokens if tokens.copies == 1)
+    for call in shapes.dense:
+        yield _dense(call, need)
+    for whole in shapes.segments:
+        yield from _segments(whole, need)
 
 
 # --- attention ---------------------------------------------------------------------------------------------------

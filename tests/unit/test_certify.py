@@ -18,7 +18,7 @@ from mirai_dist.attention.patterns import TORCH
 from mirai_dist.attention.select import Choice, Need
 from mirai_dist.certify import certificate, exact, subjects
 from mirai_dist.certify.compare import FAILED, NOT_CERTIFIED, PASSED, Subject, drawn, judged, results
-from mirai_dist.certify.shapes import Dense, Fusion, Head, Tokens, shapes_of
+from mirai_dist.certify.shapes import Dense, Fusion, Head, Shapes, Tokens, shapes_of
 from mirai_dist.commands import bench
 from mirai_dist.config import FileError, RecipeError, load, schema
 from mirai_dist.cycle import attending, fusing
@@ -50,8 +50,22 @@ def beyond(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [sdpa.dense(q, *(each._base[:, : each.shape[1] + 1] if each._base is not None else each for each in (k, v)))]
 
 
+def of_attention(shapes: Shapes) -> Subject:
+    return next(each for each in subjects.subjects(shapes, CPU) if each.op == subjects.ATTENTION)
+
+
+def test_what_a_run_can_least_do_without_is_compared_first() -> None:
+    """A certificate that is cut short at the first attention lets a run take the fused kernels."""
+    ops = [each.op.split(":")[0] for each in subjects.subjects(shapes_of(tiny.recipe()), CPU)]
+    first = ops.index(subjects.ATTENTION)
+    assert set(ops[first:]) <= {subjects.ATTENTION, subjects.SEGMENTS}
+    fused = {subjects.TOKENS, subjects.CACHE, subjects.COSINE, subjects.FUSION}
+    assert set(ops[:first]) == fused | {subjects.CHUNK, subjects.PREFIX}
+    assert set(ops[: ops.index(subjects.CHUNK)]) == fused
+
+
 def test_a_variant_is_held_against_float64_forward_and_backward() -> None:
-    subject = next(subjects.subjects(shapes(), CPU))
+    subject = of_attention(shapes())
     plain = subject.plain
     variants = {
         "right": plain,
@@ -72,7 +86,7 @@ def test_a_variant_is_held_against_float64_forward_and_backward() -> None:
 def test_unused_tokens_of_a_cache_are_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     reading = replace(subjects.DENSE[-1], name="reading", load=lambda: lambda q, k, v: beyond(q, k, v)[0])
     monkeypatch.setattr(subjects, "DENSE", (subjects.DENSE[-1], reading))
-    rows = {row["variant"]: row for row in judged(next(subjects.subjects(shapes(), CPU)), torch.float32, CPU)}
+    rows = {row["variant"]: row for row in judged(of_attention(shapes()), torch.float32, CPU)}
     assert rows["sdpa"]["state"] == PASSED
     assert rows["reading"]["state"] == FAILED and rows["reading"]["error"] is None, rows
     assert json.loads(json.dumps(rows["reading"], allow_nan=False)) == rows["reading"]
@@ -94,7 +108,7 @@ def test_our_own_kernels_give_the_same_bits_twice(name: str, state: str) -> None
 
 def test_a_cpu_is_not_asked_for_a_whole_video() -> None:
     huge = replace(shapes(), dense=(replace(CALL, queries=10**6, keys=10**6),))
-    rows = judged(next(subjects.subjects(huge, CPU)), torch.float32, CPU)
+    rows = judged(of_attention(huge), torch.float32, CPU)
     assert {row["state"] for row in rows} == {NOT_CERTIFIED}
 
 
@@ -102,7 +116,7 @@ def test_what_does_not_fit_in_float64_is_not_certified() -> None:
     def exact(*_: Tensor) -> list[Tensor]:
         raise torch.OutOfMemoryError
 
-    (subject, *_) = subjects.subjects(shapes(), CPU)
+    subject = of_attention(shapes())
     rows = judged(replace(subject, exact=exact), torch.float32, CPU)
     assert len(rows) == len(subject.variants)
     assert {row["state"] for row in rows} == {NOT_CERTIFIED}
@@ -190,7 +204,7 @@ def test_a_cpu_certifies_what_runs_on_it_and_a_run_can_require_it(tmp_path: Path
     assert fused == {(NOT_CERTIFIED, "needs a CUDA device")}
     assert attending.attention_of(recipe(tmp_path, required), CPU).dense == "sdpa"
     with pytest.raises(RecipeError, match="are not certified for 1 x "):
-        attending.attention_of(recipe(tmp_path, required, "video.latent_frames=60"), CPU)
+        attending.attention_of(recipe(tmp_path, required, "video.latent_frames=60", "world.level=bounce"), CPU)
 
 
 def certified(folder: Path, found: schema.Recipe, monkeypatch: pytest.MonkeyPatch, **changed: str) -> None:
