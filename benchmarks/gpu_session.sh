@@ -43,7 +43,7 @@ fi
 
 failed=0
 "$python" -m benchmarks.session "$out" "${rehearse[@]}" || failed=$?
-"$python" benchmarks/session/draw.py "$out/session.json"
+"$python" benchmarks/session/draw.py "$out/session.json" || failed=$?
 if [ -n "$recipe" ]; then
   ranks=$((gpus > 0 ? gpus : 2))
   "$python" -m mirai_launch train "$recipe" --nproc "$ranks" --run-dir "$out/run" --resume auto 2>&1 | tee "$out/train.log"
