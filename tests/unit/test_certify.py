@@ -190,7 +190,7 @@ def test_a_cpu_certifies_what_runs_on_it_and_a_run_can_require_it(tmp_path: Path
     assert fused == {(NOT_CERTIFIED, "needs a CUDA device")}
     assert attending.attention_of(recipe(tmp_path, required), CPU).dense == "sdpa"
     with pytest.raises(RecipeError, match="are not certified for 1 x "):
-        attending.attention_of(recipe(tmp_path, required, "video.latent_frames=60"), CPU)
+        attending.attention_of(recipe(tmp_path, required, "video.latent_frames=60", "world.level=bounce"), CPU)
 
 
 def certified(folder: Path, found: schema.Recipe, monkeypatch: pytest.MonkeyPatch, **changed: str) -> None:
