@@ -88,8 +88,9 @@ def fill_room(views: Sequence[Held], keys_values: KeysValues) -> None:
 
 def write(cache: KVCache, keys_values: KeysValues) -> None:
     """As a context pass does: into the room, and that is kept."""
-    fill_room(cache.view(room=keys_values[0][0].shape[1] // cache.shape.tokens_per_frame), keys_values)
-    cache.keep()
+    views = cache.view(room=keys_values[0][0].shape[1] // cache.shape.tokens_per_frame)
+    fill_room(views, keys_values)
+    cache.keep(views)
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

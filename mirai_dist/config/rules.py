@@ -713,6 +713,13 @@ _SHARED = {"name", "seed", "study", "video", "world", "text", "consistency", "od
 _SHARED |= {"teacher", "generator", "critic", "data", "vae", "weights"}
 
 
+@rule("prefix-kernels")
+def _prefix_kernels(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.parallel.segment_attention == "prefix" and recipe.parallel.kernels == "reference":
+        what = "parallel.segment_attention is prefix, which fused kernels join, and parallel.kernels is reference"
+        yield Problem(("parallel.segment_attention", "parallel.kernels"), f"{what}; use fused, or dense attention")
+
+
 @rule("study-size")
 def _study_size(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.study.arms:

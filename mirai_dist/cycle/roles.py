@@ -176,8 +176,8 @@ def rollout_settings(recipe: schema.Recipe) -> RolloutSettings:
 def kv_cache(recipe: schema.Recipe, batch: int, frames: int, device: torch.device, streaming: bool = False) -> KVCache:
     """A cache for rollouts of `frames` latent frames, with room for the segment that runs.
 
-    A streaming cache holds the window alone and overwrites what leaves it; one for training holds every frame
-    and shows the window, because recomputation in backward reads what each segment saw.
+    A streaming cache holds the window alone and overwrites what leaves it; one for training holds all frames
+    but the last segment and shows the window, because recomputation in backward reads what each segment saw.
     """
     rollout, network, segment = recipe.rollout, recipe.generator, recipe.video.frames_per_segment
     past = rollout.window_frames - segment if rollout.window_frames else 0

@@ -90,7 +90,7 @@ def sample(
         if first + frames < total:  # nobody reads the last segment's cache
             zero = torch.zeros(2 * noise.shape[0], device=noise.device, dtype=wide)
             network(_twice(made[-1]), zero, text, past, 0)
-            cache.keep()
+            cache.keep(past.held)
     return torch.cat(made, dim=1)
 
 
@@ -123,7 +123,7 @@ def trajectories(network: SegmentNetwork, settings: Integration, inputs: Traject
         if first + frames < total:  # nobody reads the last segment's cache
             zero = torch.zeros(2 * noise.shape[0], device=noise.device, dtype=wide)
             network(_twice(clean[:, own]), zero, text, past, 0)
-            cache.keep()
+            cache.keep(past.held)
     return states
 
 

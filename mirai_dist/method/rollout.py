@@ -63,7 +63,7 @@ class Cache(Protocol):
 
     def reset(self) -> None: ...
     def view(self, room: int = 0) -> tuple[Any, ...]: ...
-    def keep(self) -> None: ...
+    def keep(self, views: Any) -> None: ...
     def visible_frames(self) -> list[int]: ...
     def placed(self, keys_values: KeysValues) -> tuple[Any, ...]: ...
 
@@ -165,9 +165,9 @@ def segments(
         if len(noise) != settings.noises:
             raise ValueError(f"{len(noise)} noises of frame {first}, where the step lists need {settings.noises}")
         with_gradient = torch.is_grad_enabled() and first >= inputs.gradient_from
-        seen = cache.view() if with_gradient else None
-        if leaked and with_gradient:
-            seen = cache.placed(_joined(leaked, cache.visible_frames(), frames))
+        seen = None
+        if with_gradient:
+            seen = cache.placed(_joined(leaked, cache.visible_frames(), frames)) if leaked else cache.view()
         past = Past(cache.view(room=frames), text_keys_values, first)
         if first < given:
             assert inputs.given is not None
@@ -183,9 +183,10 @@ def segments(
             if settings.leaky and torch.is_grad_enabled():
                 context = _written(past.held)
                 leaked[first] = _straight_through(context, own) if own is not None else context
-            cache.keep()
+            cache.keep(past.held)
             visible = {frame - frame % frames for frame in cache.visible_frames()}
             leaked = {start: each for start, each in leaked.items() if start in visible}
+        del past, seen  # they may be copies
         if first < given:
             yield Segment(clean, None)
 

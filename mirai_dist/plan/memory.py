@@ -13,7 +13,8 @@ What a phase adds, with c bytes a value in the compute dtype and w in at least f
 
     kept         recomputed blocks keep their input, N d c, and if attention's output is kept, N (d c + 4 h) more, for h
                  heads; other blocks what backward reads,
-                 N (d (19 c + 3 w) + 2 f c) and the keys that a segment saw, 2 K d c
+                 N (d (19 c + 3 w) + 2 f c) and the keys that a segment saw, 2 K d c; in every block a copy of the past
+                 that a segment saw, where sinks have moved
     working      a forward without gradient: N (3 d + 2 f) c at the feed-forward, or N d (6 c + 2 w) where queries and
                  keys are rotated; a segment's with gradient also 2 K d c for keys with a past, and its own keys of all
                  blocks;
@@ -257,7 +258,8 @@ class _Ledger:
             attended = block + each.batch * each.tokens * network_of(each.role, self.recipe).heads * WIDE
             inside += attended * (2 if self.recipe.text.length >= each.tokens else 1)
         leaked = 2 * block * sum(keys for _, keys in each.attention) // each.tokens if self._leaks(each) else 0
-        return each.blocks * (inside + leaked) + outer_kept(self.recipe, each)
+        copied = 2 * block * each.past // each.tokens if each.copies else 0
+        return each.blocks * (inside + leaked + copied) + outer_kept(self.recipe, each)
 
     def _leaks(self, each: Pass) -> bool:
         return each.phase == "rollout" and self.recipe.rollout.kv_grad == "leaky"
@@ -276,6 +278,8 @@ class _Ledger:
         if each.phase == "rollout" and each.gradient:  # others read and write the cache where it lies
             keys = each.batch * sum(keys for _, keys in each.attention)
             values += 2 * keys * network.dim + 2 * each.blocks * rows * network.dim
+        if each.copies > 1:
+            values += 2 * each.blocks * each.batch * (each.past + each.tokens) * network.dim
         return values * compute
 
     def _working_back(self, each: Pass) -> int:

@@ -29,8 +29,9 @@ class Pass:
     self-attention calls. blocks: executed ones. times: different timesteps that are embedded. halves: 2 for a doubled
     sequence [clean | noisy]. text: prompts are projected to keys and values in this pass (else they are cached).
     head: the pass ends in a velocity (else it exits early). gradient: it is differentiated. first: it is a segment of
-    a rollout and `past` tokens of its keys come from the cache. answers: of the predictor, how many of its sequences
-    each one is compared for. count: calls expected in a micro-batch.
+    a rollout and `past` tokens of its keys come from the cache. copies: of the past, made for its segment where sinks
+    have moved: one that backward reads, and perhaps one for passes without gradient. answers: of the predictor, how
+    many of its sequences each one is compared for. count: calls expected in a micro-batch.
     """
 
     phase: str
@@ -45,6 +46,7 @@ class Pass:
     head: bool = True
     gradient: bool = False
     past: int = 0
+    copies: int = 0
     answers: tuple[int, ...] = ()
     count: float = 1.0
 
@@ -258,8 +260,9 @@ def _rollout(recipe: Recipe, batch: int, exits: tuple[int, int], gradient: bool)
     text_is_cached = False
     for first in range(0, total, length):
         seen = visible_frames(recipe, first, rollout_cache_frames(recipe)) * frame_tokens(recipe)
-        one = _segment(recipe, batch, tokens, seen, "rollout")
         with_gradient = gradient and first >= total - recipe.video.latent_frames
+        copies = _copies(recipe, first) if with_gradient else 0
+        one = replace(_segment(recipe, batch, tokens, seen, "rollout"), copies=copies)
         for _ in range(exits[0] if first == 0 else exits[1]):
             yield replace(one, text=not text_is_cached)
             text_is_cached = True
@@ -268,6 +271,16 @@ def _rollout(recipe: Recipe, batch: int, exits: tuple[int, int], gradient: bool)
         if first + length < total:
             yield replace(one, text=not text_is_cached)
             text_is_cached = True
+
+
+def _copies(recipe: Recipe, first: int) -> int:
+    """Copies of what the segment with a graph at frame `first` sees (models/wan/kv_cache.py): sinks are not turned
+    where they lie if a segment with a graph has seen them there. Leaky rollouts read keys of their own."""
+    settings = recipe.rollout
+    window = settings.window_frames - recipe.video.frames_per_segment
+    if not settings.sink_frames or settings.kv_grad == "leaky" or first <= window:
+        return 0
+    return 2 if rollout_frames(recipe) - recipe.video.latent_frames <= window else 1
 
 
 def rollout_frames(recipe: Recipe) -> int:

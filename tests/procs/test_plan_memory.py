@@ -97,12 +97,17 @@ CASES: list[Any] = [
     ("distil", [*SAVING, "parallel.compute_dtype=bfloat16", "stages.distil.batch.global_size=2"]),
     ("ar_teacher", [*SAVING, "stages.ar_teacher.batch.global_size=2"]),
 ]
+SINKS = [  # that move, in a rollout of many segments
+    *("video.latent_height=16", "video.latent_width=16", "video.latent_frames=8", "video.frames_per_segment=1"),
+    *("generator.blocks=5", "rollout.window_frames=4", "rollout.sink_frames=2"),
+]
 SLOW = [
     ("distil", [*SAVING, "stages.distil.batch.global_size=6"]),
     ("distil", [*SAVING, "stages.distil.batch.global_size=4", "parallel.sync_every_micro_batch=true"]),
     ("distil", ["stages.distil.batch.global_size=2", "foresight.preset=release"]),
     ("distil", ["parallel.unit=network", "parallel.compute_dtype=bfloat16", "parallel.replicas=2"]),
     ("distil", [*SAVING, "rollout.kv_grad=leaky", "stages.distil.batch.global_size=2"]),
+    ("distil", [*SAVING, *SINKS, "stages.distil.batch.global_size=2"]),
     ("teacher", [*SAVING]),
     ("distil", [*SAVING, "parallel.recompute=selective", "stages.distil.batch.global_size=2"]),
     ("ar_teacher", [*SAVING, "parallel.recompute=selective"]),

@@ -261,7 +261,7 @@ def test_parts_that_are_wrong_are_not_joined(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", ["sdpa", "sdpa-flash"])
 def test_prefixes_are_refused_by_name_without_the_kernels(name: str) -> None:
-    with pytest.raises(Unavailable, match="prefix: goes with fused kernels") as raised:
+    with pytest.raises(Unavailable, match="prefix: needs the fused kernels, which this run does not use") as raised:
         select.select(name, "prefix", NEED)
     assert raised.value.key == "segment_attention" and str(raised.value).endswith("choose auto or dense")
 

@@ -37,6 +37,7 @@ BROKEN = [
     ("head-dim-rope", ["teacher.heads=32"], "heads of width 4"),
     ("head-dim-rope", ["teacher.dim=36"], "heads of width 9"),
     ("even-freq-dim", ["teacher.freq_dim=7"], "teacher.freq_dim is 7"),
+    ("prefix-kernels", ["parallel.segment_attention=prefix", "parallel.kernels=reference"], "fused kernels join"),
     ("world-room", ["world.speed=40"], "has no free start in"),
     ("radius-jitter", ["world.radius_jitter=4.5"], "world.radius_jitter 4.5"),
     ("sources", ["stages.ar_teacher.parent=few_step"], "one of: teacher"),

@@ -18,6 +18,7 @@ from mirai_dist.models.wan.rope import rotary_table, rotate
 from mirai_dist.models.wan.token_ops import PLAIN, layer_norm, modulate, per_frame
 from mirai_kernels.chunk_attention.reference import chunk_attention
 from tests import tiny_wan
+from tests.live_bytes import LiveBytes
 from tests.tiny_wan import fill_room, write
 
 BLOCKS, TOKENS, HEADS, WIDTH = 2, 2, 2, 8  # of the 8 channels of a head, 4 turn with time
@@ -141,7 +142,7 @@ def test_what_a_pass_writes_it_sees_beside_what_came_before(plan: Plan) -> None:
             found = chunk_attention(q, view.together(None))
             torch.testing.assert_close(found, chunk_attention(q, expected), rtol=0, atol=1e-12)
             assert len(view.runs) <= 6 and view.runs == tuple(sorted(set(view.runs)))
-        held.keep()
+        held.keep(views)
 
 
 def test_nothing_is_copied_while_a_ring_fills_and_when_it_is_full() -> None:
@@ -186,9 +187,10 @@ def test_what_is_written_again_replaces_what_was_and_only_what_is_kept_counts() 
     held = cache(2, 1)
     write(held, frame(0))
     for index in (7, 1):  # a denoising pass, and the context pass after it
-        fill_room(held.view(room=1), frame(index))
+        views = held.view(room=1)
+        fill_room(views, frame(index))
     assert held.frames_written == 1
-    held.keep()
+    held.keep(views)
     assert shown(held) == [0, 1]
 
 
@@ -237,6 +239,30 @@ def test_what_a_training_cache_has_shown_stays_as_it_was(window: int, sink: int)
     for view in views:
         for keys, values, keys_then, values_then in view:
             assert torch.equal(keys, keys_then) and torch.equal(values, values_then)
+
+
+def test_a_cache_lets_go_of_a_copy_that_was_not_kept() -> None:
+    """As that of a rollout's last segment, which would lie beside the scores and all of backward."""
+    held = cache(6, 2, sink=1, window=3)
+    for index in range(4):
+        held.view()
+        write(held, frame(index))
+    with LiveBytes() as follower:
+        views = held.view(room=2)
+        copied = follower.now
+        assert copied >= BLOCKS * 2 * (3 + 2) * TOKENS * HEADS * WIDTH * 8
+        fill_room(views, joined([4, 5]))
+        held.keep(views)
+        assert shown(held) == [0, 4, 5]
+        views = held.view(room=2)
+        del views
+        assert follower.now < copied
+
+
+def test_only_what_was_written_is_kept() -> None:
+    held = cache(4, 1)
+    with pytest.raises(ValueError, match="nothing was written to be kept: these views have no room"):
+        held.keep(held.view())
 
 
 @torch.no_grad()

@@ -291,13 +291,14 @@ def test_the_loss_is_that_of_the_cached_generator(per_segment: int) -> None:
     held, estimates, states = cache(3, per_segment), [], []
     noisy, at = given.states[torch.arange(3), index], torch.tensor(WARPED, dtype=torch.float64)[index]
     for first in range(0, FRAMES, per_segment):
-        own, past = slice(first, first + per_segment), History(held.view(room=per_segment), None, first)
+        own, views = slice(first, first + per_segment), held.view(room=per_segment)
+        past = History(views, None, first)
         output = network(noisy[:, own], at, text, history=past, capture=Capture(2))
         estimates.append(clean_from_velocity(noisy[:, own], output.velocity, at))
         states.append(output.hidden)
         if first + per_segment < FRAMES:
             network(given.states[:, -1, own], torch.zeros(3), text, history=past)
-            held.keep()
+            held.keep(views)
     expected = (torch.cat(estimates, dim=1) - given.states[:, -2]).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(hidden, torch.cat(states, dim=1), rtol=0, atol=1e-11)

@@ -85,3 +85,31 @@ def test_a_segment_sees_what_the_cache_shows(overrides: list[str]) -> None:
         assert passes.visible_frames(recipe, first, held) == len(cache.visible_frames()), f"frame {first}"
         if first + length < total:
             write(cache, ((own, own),) * recipe.generator.blocks)
+
+
+SINKS = ["video.latent_frames=8", "rollout.window_frames=6", "rollout.sink_frames=2"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *CACHES,
+        [*SINKS, "rollout.total_frames=10"],
+        [*SINKS, "rollout.total_frames=14"],
+        [*SINKS, "rollout.window_frames=4", "rollout.total_frames=10"],
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_the_past_is_copied_as_often_as_the_cache_copies_it(overrides: list[str]) -> None:
+    recipe = load(TINY, overrides).recipe
+    length, total = recipe.video.frames_per_segment, passes.rollout_frames(recipe)
+    cache = kv_cache(recipe, 1, passes.rollout_cache_frames(recipe) + length, torch.device("cpu"))
+    start, size = cache._store.data_ptr(), cache._store.nbytes
+    copies = 0
+    for first in range(0, total, length):
+        shown = [cache.view()] if first >= total - recipe.video.latent_frames else []
+        views = cache.view(room=length)
+        copies += sum(not start <= seen[0].keys.data_ptr() < start + size for seen in (*shown, views))
+        cache.keep(views)
+    rolled = passes.rollout(recipe, 1, gradient=True)
+    assert sum(each.count * each.copies for each in rolled if each.gradient) == pytest.approx(copies)

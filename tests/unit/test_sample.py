@@ -250,7 +250,8 @@ def recipe(*overrides: str) -> Recipe:
     [(5, 3, 21), (30, 3, 123), (5, 1, 21), (30, 1, 121), (0.01, 1, 1), (0.01, 3, 3), (81 / 16, 1, 21), (5.1, 1, 22)],
 )
 def test_the_shortest_whole_number_of_segments_that_lasts(seconds: float, length: int, frames: int) -> None:
-    video = recipe("video.latent_frames=21", f"video.frames_per_segment={length}", "video.fps=16").video
+    sizes = "video.latent_frames=21", f"video.frames_per_segment={length}", "video.fps=16"
+    video = recipe("world.level=bounce", *sizes).video
     assert latent_frames(seconds, video) == frames
     assert latent_frames(None, video) == 21
 
@@ -284,4 +285,4 @@ def test_lengths_in_seconds_that_cannot_be_are_refused() -> None:
 def test_windows_of_long_videos(
     overrides: list[str], frames: int, asked: tuple[int | None, int | None], expected: tuple[int, int]
 ) -> None:
-    assert window_of(recipe("video.latent_frames=21", *overrides), frames, *asked) == expected
+    assert window_of(recipe("world.level=bounce", "video.latent_frames=21", *overrides), frames, *asked) == expected

@@ -14,7 +14,7 @@ by more frames is another rotation, of its time channels alone; it starts from t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -89,8 +89,6 @@ class KVCache:
         size = (shape.blocks, 2, shape.batch, tokens, shape.heads, shape.head_dim)
         self._store = torch.empty(size, device=device, dtype=dtype)
         self._written = 0
-        self._opened = 0  # frames of the room that was last given
-        self._aside: Tensor | None = None  # where that room lies, if it is not in the store
         self._sink_keys: Tensor | None = None  # as they were written, once the store shows them turned
         self._read_again = False  # whether backward may read the store's sinks as they were written
 
@@ -106,8 +104,8 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
-        self._written = self._opened = 0
-        self._aside = self._sink_keys = None
+        self._written = 0
+        self._sink_keys = None
         self._read_again = False
 
     def _slot(self, frame: int) -> int:
@@ -140,7 +138,6 @@ class KVCache:
         """
         if room > self.shape.room:
             raise ValueError(f"a segment of {room} frames, and room for {self.shape.room} beside what is seen")
-        self._opened, self._aside = room, None
         past = self._runs(sorted(self._slot(frame) for frame in self.visible_frames()))
         if self.sink_shift and (self._read_again or not room):
             return self._copied(past, room)
@@ -157,7 +154,6 @@ class KVCache:
         store = torch.cat((*pieces, own), dim=3)
         self._turn_sinks(store)
         seen = store.shape[3] - own.shape[3]
-        self._aside = store[:, :, :, seen:]
         runs = (seen, store.shape[3]) if room else ()
         return tuple(Held(block[0], block[1], (0, seen), runs) for block in store)
 
@@ -182,21 +178,33 @@ class KVCache:
             block[0, :, :width] = turned(keys, self.sink_shift)
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Count what was written into the room that `view` gave last: these frames are the newest past ones now."""
-        if self._aside is not None:
-            source = 0
-            for first, end in _pairs(self._runs([self._slot(self._written + i) for i in range(self._opened)])):
-                self._store[:, :, :, first:end] = self._aside[:, :, :, source : source + end - first]
-                source += end - first
-        self._written += self._opened
-        self._opened, self._aside = 0, None
+    def keep(self, views: Sequence[Held]) -> None:
+        """Count what was written into the room of these views, which `view` gave last: its frames are the newest past
+        ones now. ValueError for views without room."""
+        tokens = sum(end - first for first, end in _pairs(views[0].room))
+        if not tokens:
+            raise ValueError("nothing was written to be kept: these views have no room")
+        frames = tokens // self.shape.tokens_per_frame
+        own = self._runs([self._slot(self._written + i) for i in range(frames)])
+        if views[0].keys.untyped_storage().data_ptr() != self._store.untyped_storage().data_ptr():
+            for view, block in zip(views, self._store, strict=True):
+                _copy(view.slots(), Held(block[0], block[1], room=own).slots())
+        self._written += frames
 
     def _runs(self, slots: list[int]) -> tuple[int, ...]:
         """Runs of tokens of frames that lie in these slots, in the order given."""
         width = self.shape.tokens_per_frame
         runs = _joined((slot * width, (slot + 1) * width) for slot in slots)
         return tuple(edge for run in runs for edge in run)
+
+
+def _copy(source: list[tuple[Tensor, Tensor]], target: list[tuple[Tensor, Tensor]]) -> None:
+    """Write keys and values, which lie in one piece, into pieces that are as long together."""
+    lengths = [keys.shape[1] for keys, _ in target]
+    parts = zip(*(whole.split(lengths, dim=1) for whole in source[0]), strict=True)
+    for own, place in zip(parts, target, strict=True):
+        for tokens, memory in zip(own, place, strict=True):
+            memory.copy_(tokens)
 
 
 def turned(keys: Tensor, frames: int) -> Tensor:
