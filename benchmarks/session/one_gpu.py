@@ -99,8 +99,8 @@ class OneGpu:
 
 
 def in_words(kernels: str, choice: Choice) -> str:
-    """Who computes between attention and products, who attention, and whether it reads a cache in parts."""
-    return f"{kernels}, {choice.dense}{', a cache in parts' if choice.behind == SPLIT else ''}"
+    """Who computes between attention and products, who attention, and whether it leaves out the gradient of a cache."""
+    return f"{kernels}, {choice.dense}{', no gradient of a cache' if choice.behind == SPLIT else ''}"
 
 
 def phase_name(update: str, phase: str) -> str:

@@ -31,7 +31,8 @@ class Need:
     head_dims: tuple[int, ...]
     trained: bool = True
     failed: frozenset[str] = frozenset()  # backends that a certificate of this machine found wrong
-    no_kernels: str = "needs the fused kernels, which this run does not use"  # why nothing may be computed in parts that they join; empty: it may
+    # why nothing may be computed in parts that our kernels join; empty: it may
+    no_kernels: str = "needs the fused kernels, which this run does not use"
     cached_gradient: bool = False  # whether keys in a cache may carry a gradient
 
     @property

@@ -22,7 +22,7 @@ from mirai_dist.attention.probe import probe_behind, probe_dense, probe_segments
 AUTO = "auto"
 BY_SEGMENT = "dense"  # rules over segments as calls of the backend for dense attention
 PREFIX = "prefix"  # the same as dense calls over prefixes, joined (attention/split.py)
-TOGETHER, SPLIT = "dense", "split"  # a segment behind a cache in one dense call; in parts, joined
+TOGETHER, SPLIT = "dense", "split"  # a segment behind a cache: by dense calls; with its backward in parts
 
 
 
@@ -109,7 +109,7 @@ class Choice:
         return {
             "dense": self.dense,
             "segments": _TOLD.get(self.segments, self.segments),
-            "behind": "kernels that read a cache in parts" if self.behind == SPLIT else "dense calls",
+            "behind": "no gradient towards a cache" if self.behind == SPLIT else "dense calls",
             "refused": refused,
         }
 

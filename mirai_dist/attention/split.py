@@ -1,7 +1,7 @@
 """Attention of which a library computes parts, and our kernels what no library does (mirai_kernels).
 
-`Behind`: a segment's queries to runs of a cache, read where they lie, and to its own keys. Backward computes no
-gradient towards the cache, which is a constant. `Prefix`: rules over segments as dense calls over prefixes, joined by
+`Behind`: a segment's queries to runs of a cache and to its own keys. Backward reads the cache where it lies, and
+computes no gradient towards it: it is a constant. `Prefix`: rules over segments as dense calls over prefixes, joined by
 log-sum-exp, where segment by segment each noisy one would copy the keys before it.
 """
 
@@ -28,8 +28,8 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Behind:
-    """attend, cached: `chunk_attention` and its `Cached`. by: the library's name there; dense: the same library where
-    everything that is seen lies in one piece and nothing needs a gradient, which is one call."""
+    """attend, cached: `chunk_attention` and its `Cached`. by: the library's name there; dense: the same library, which
+    is all that a pass without gradient needs."""
 
     dense: Pattern
     by: str
@@ -37,13 +37,9 @@ class Behind:
     cached: Callable[..., Any]
 
     def __call__(self, q: Tensor, own: tuple[Tensor, Tensor] | None, seen: Seen) -> Tensor:
-        runs = seen.past
         if own is None:
-            *runs, first, end = seen.runs
-            if not runs:
-                return self.dense(q, *seen.together(None))
-            own = seen.keys[:, first:end], seen.values[:, first:end]
-        cached = self.cached(seen.keys, seen.values, tuple(runs)) if runs else None
+            return self.dense(q, *seen.together(None))
+        cached = self.cached(seen.keys, seen.values, seen.past) if seen.past else None
         return self.attend(q, own, cached, self.by)[0]
 
 

@@ -239,7 +239,7 @@ def test_parts_are_joined_where_the_kernels_serve_and_a_library_gives_parts(monk
     choice = select.select("sdpa-flash", "auto", need)
     assert (choice.behind, choice.segments) == (select.SPLIT, select.PREFIX) and not choice.refused
     assert choice.backends.behind == split.Behind(sdpa.FLASH, "cpu", joined, Runs)
-    assert choice.told()["behind"] == "kernels that read a cache in parts"
+    assert choice.told()["behind"] == "no gradient towards a cache"
     assert select.select("sdpa", "dense", need).segments == "dense"
     leaky = select.select("sdpa", "prefix", replace(need, cached_gradient=True))
     assert (leaky.behind, leaky.segments) == ("dense", "prefix") and leaky.backends.behind == Together()

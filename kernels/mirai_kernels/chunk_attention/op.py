@@ -1,8 +1,9 @@
 """Chunk attention as an operator of torch: queries of one segment to [cached runs | own] keys and values.
 
-Selective recomputation and torch.compile see one operator, `torch.ops.mirai.chunk_attention`. Cached keys are
-read where they lie: runs of a cache are pairs of Python ints, so a ring that has wrapped around costs no copy, and
-nothing waits for the device. The cache is a constant: there is no gradient of it, and none is computed.
+Selective recomputation and torch.compile see one operator, `torch.ops.mirai.chunk_attention`. Runs of a cache are
+pairs of Python ints, so nothing waits for the device, and our kernels read them where they lie; a library's forward
+gets one copy of them with the own keys, which nothing keeps. The cache is a constant: there is no gradient of it, and
+none is computed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from mirai_kernels.chunk_attention import launch
 from mirai_kernels.chunk_attention.launch import TRITON, Cached, Segment, check_tensors
 from mirai_kernels.chunk_attention.triton_forward import RUN_ENDS
 from mirai_kernels.dense_attention.library import LIBRARIES, Attended
-from mirai_kernels.dense_attention.triton_merge import merge_launch
 
 
 def chunk_attention(
@@ -29,7 +29,7 @@ def chunk_attention(
     Until backward the cached runs must hold what they held; other tokens of the cache may be written.
     ValueError for what the kernels do not do.
     """
-    k, v = own if _readable(q, *own) else (each.contiguous() for each in own)
+    k, v = (each.contiguous() for each in own)
     if k.shape != v.shape or not k.shape[1]:
         raise ValueError(f"own keys {tuple(k.shape)} and values {tuple(v.shape)}; they are as many, and not none")
     check_tensors((q, k, v, *(cached[:2] if cached else ())), by)
@@ -39,21 +39,10 @@ def chunk_attention(
     return _forward(q.contiguous(), k, v, keys, values, runs, by)
 
 
-def _readable(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether keys and values are read where they lie, as in a cache: tokens of a sample one after another. Gradients
-    are contiguous, and so are keys that have some."""
-    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
-    return k.stride() == v.stride() and k.stride()[1:] == _dense(k) and not differentiated
-
-
-def _dense(x: Tensor) -> tuple[int, int, int]:
-    """Strides of tokens, heads and numbers where tokens [B, N, H, D] of a sample lie one after another."""
-    return x.shape[2] * x.shape[3], x.shape[3], 1
-
-
 def _check_cached(cached: Cached) -> None:
     keys, values, runs = cached
-    if keys.shape != values.shape or keys.stride() != values.stride() or keys.stride()[1:] != _dense(keys):
+    dense = (keys.shape[2] * keys.shape[3], keys.shape[3], 1)
+    if keys.shape != values.shape or keys.stride() != values.stride() or keys.stride()[1:] != dense:
         raise ValueError("cached keys and values lie alike, and tokens of a sample one after another; no copy is made")
     if len(runs) > len(RUN_ENDS):
         raise ValueError(f"runs {runs}: at most {len(RUN_ENDS) // 2}")
@@ -71,13 +60,10 @@ def _forward(
     cached = _cached(keys, values, runs)
     if by == TRITON:
         return tuple(launch.attend(Segment(q, k, v), cached))  # type: ignore[return-value]
-    library, parts = LIBRARIES[by], _parts(cached)
-    out, lse = library.forward(q, k, v)
-    # Each part comes rounded, and their sum is rounded once more: not between one part and the next as well.
-    joined = Attended(out if len(parts) <= 1 else out.float(), lse)
-    for part in parts:
-        merge_launch(joined, library.forward(q, *part)).run()
-    return joined.out.to(q.dtype), lse
+    parts = [*_parts(cached), (k, v)]
+    # One call, for which keys are copied together: of parts by themselves the outputs would come rounded, each.
+    k, v = parts[0] if len(parts) == 1 else (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    return tuple(LIBRARIES[by].forward(q, k, v))  # type: ignore[return-value]
 
 
 @_forward.register_fake

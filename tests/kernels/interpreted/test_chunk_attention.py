@@ -85,16 +85,14 @@ def test_bfloat16_is_rounded_where_it_is_stored(by: str) -> None:
     check(SINK_AND_RING, torch.bfloat16, by)
 
 
-def test_runs_are_joined_without_roundings_between_them() -> None:
-    """A call rounds weights and output, each about alike; the parts of joined ones are rounded besides, which makes
-    1.22 times the error. A rounding between one part and the next made 1.4 times."""
+def test_a_library_gives_what_one_call_of_it_gives() -> None:
+    """Outputs of parts by themselves would come rounded, and their sum once more: 1.22 times the error."""
     case = Case(1, 160, 40, 2, 64, capacity=140, runs=(0, 20, 30, 60, 80, 140))
     store, (q, k, v) = case.store(torch.float16), case.segment(torch.float16)
     held = store[:, :, case.seen()]
-    (expected,) = exact(held, *(each.double() for each in (q, k, v)))
     whole = LIBRARIES["cpu"].forward(q, torch.cat((held[0], k), 1), torch.cat((held[1], v), 1)).out
     (found,) = ours(case.cached(store), "cpu", q, k, v)
-    assert relative(found, expected) <= 1.3 * relative(whole, expected)
+    assert torch.equal(found, whole)
 
 
 @pytest.mark.parametrize("by", [TRITON, "cpu"])
