@@ -70,7 +70,7 @@ def _graph(desk: Desk, case: Case, step: ReplayStep, pairs: tuple[Tensor, Tensor
         desk.skip(case, f"a CUDA graph {NO_CUDA}")
         return {}
     try:
-        graph = captured(step)
+        graph = step.captured()
     except RuntimeError as error:
         desk.skip(case, f"cannot be captured: {str(error).splitlines()[0]}")
         return {}
@@ -142,19 +142,6 @@ def work(recipe: schema.Recipe, dense: str) -> tuple[Work, ...]:
         Work(f"attention {dense} backward", backward.attention),
         Work("memory", 3 * time.elementwise(recipe, one)),
     )
-
-
-def captured(step: ReplayStep) -> torch.cuda.CUDAGraph:
-    """The step as a graph. It has run before on a stream of its own, so that whatever is made lazily is there."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def replayed_difference(step: ReplayStep, replay: Callable[[], None], pairs: tuple[Tensor, Tensor]) -> float:

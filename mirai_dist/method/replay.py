@@ -88,3 +88,15 @@ class ReplayStep:
         self.cosine.copy_(cosine.detach())
         for memory, gradient in zip(self.gradients, found, strict=True):
             memory.copy_(gradient)
+
+    def captured(self) -> torch.cuda.CUDAGraph:
+        """The call as a graph. It runs before on a stream of its own, so that whatever is made lazily is there."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        return graph

@@ -167,14 +167,7 @@ def test_the_replay_step_is_captured_as_a_cuda_graph() -> None:
         step.load(*pair)
         step()
         expected.append([step.cosine.clone(), *(each.clone() for each in step.gradients)])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = step.captured()
     for pair, plain in zip(pairs, expected, strict=True):
         step.load(*pair)
         graph.replay()
