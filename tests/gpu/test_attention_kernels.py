@@ -96,8 +96,8 @@ def no_wait_for_the_device() -> Iterator[None]:
 
 @pytest.mark.parametrize("by", BY)
 def test_a_chunk_and_its_past(by: str, runs: tuple[int, ...]) -> None:
-    """Against cuDNN's own forward and backward over all keys, which ours must not fall behind. In bfloat16, the one half
-    that recipes compute in: every dtype more is compiled for a quarter of a minute."""
+    """Against cuDNN's own forward and backward over all keys, which ours must not fall behind. In bfloat16, which
+    recipes compute in: every dtype more is compiled for a quarter of a minute."""
     leaves, (poisoned, seen) = segment(torch.bfloat16), store(runs, torch.bfloat16)
     held = poisoned[:, :, seen]
     expected = with_gradients(partial(joined, exact, held), leaves, torch.float64)
