@@ -20,6 +20,7 @@ from mirai_dist.cycle.certified import (
 )
 from mirai_dist.cycle.fusing import fusing_of
 
+JOINED = "kernels that join parts"  # named among the refused where their certificate is missing
 # Backends whose calls torch's dispatcher sees (parallel/recompute.py).
 SEEN = ("cudnn", "sdpa", "sdpa-flash", "sdpa-efficient", "flash-2")
 
@@ -38,10 +39,11 @@ def attention_of(recipe: schema.Recipe, device: torch.device, trained: bool = Tr
         need = replace(need, no_kernels="", cached_gradient=recipe.rollout.kv_grad == "leaky")
     choice = _selected(recipe, need)
     reason = lacking_parts(recipe, device, choice)
-    if reason and recipe.parallel.certificates == "require":
+    if reason and trained and recipe.parallel.certificates == "require":
         raise RecipeError("parallel.certificates", f"require, and the kernels that join attention {reason}; {MAKE}")
     if reason:
         choice = _selected(recipe, replace(need, no_kernels=reason))
+        choice = replace(choice, refused=(*choice.refused, (JOINED, reason)))
     if trained:
         require_attention(recipe, device, choice)
         _check_kept(recipe, choice)
@@ -105,5 +107,7 @@ def uncertified(recipe: schema.Recipe, device: torch.device) -> list[str]:
     fusing, choice = fusing_of(recipe, device), attention_of(recipe, device)
     kernels = lacking_kernels(recipe, device) if recipe.parallel.kernels != "reference" else ""
     attention = lacking_attention(recipe, device, choice)
+    parts = dict(choice.refused).get(JOINED, "")
     lines = [f"warning: results of attention by {choice.dense} {attention}; {MAKE}"] if attention else []
+    lines += [f"warning: attention by whole calls alone: the kernels that join parts {parts}; {MAKE}"] if parts else []
     return lines + ([f"warning: plain torch instead of fused kernels: these {fusing.reason}"] if kernels else [])

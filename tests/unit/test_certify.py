@@ -291,18 +291,24 @@ def test_parts_of_attention_are_joined_with_a_certificate_alone(
     joined = Choice(TORCH, "cudnn", "prefix", (), "split")
 
     def select(dense: str, segments: str, need: Need) -> Choice:
-        return Choice(TORCH, "cudnn", "dense", (("split", need.no_kernels),)) if need.no_kernels else joined
+        return Choice(TORCH, "cudnn", "dense", ()) if need.no_kernels else joined
 
     monkeypatch.setattr(attending, "select", select)
     choice = attending.attention_of(found, CUDA)
     if not lacks:
         assert choice is joined
         return
-    assert choice.behind == choice.segments == "dense" and "are not certified for " in choice.refused[0][1]
+    assert choice.behind == choice.segments == "dense"
+    ((who, reason),) = choice.refused
+    assert who == "kernels that join parts" and reason.startswith("are not certified for ")
+    warned = [line for line in attending.uncertified(found, CUDA) if "whole calls alone" in line]
+    assert len(warned) == 1 and "join parts are not certified for " in warned[0] and "make one" in warned[0]
     ignored = attending.attention_of(recipe(tmp_path, "parallel.certificates=ignore"), CUDA)
     assert ignored is joined
     with pytest.raises(RecipeError, match="parallel.certificates: require, and .* are not certified for "):
         attending.attention_of(recipe(tmp_path, "parallel.certificates=require"), CUDA)
+    sampling = attending.attention_of(recipe(tmp_path, "parallel.certificates=require"), CUDA, trained=False)
+    assert sampling.behind == sampling.segments == "dense"
 
 
 def test_selective_recomputation_wants_attention_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
