@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mirai_dist.models.predictor import Predictor
 from mirai_dist.models.wan import Held, KVCache, WanModel, WanShape
+from mirai_dist.models.wan.token_ops import fill as fill_slots
 
 # heads of 20 channels rotate 8 with time, 6 with height, 6 with width: uneven, as 44, 42, 42 are
 SHAPE = WanShape(dim=40, ffn_dim=48, heads=2, blocks=3, text_dim=10, channels=4, freq_dim=16)
@@ -81,9 +82,7 @@ def held(keys_values: KeysValues | None) -> tuple[Held, ...] | None:
 def fill_room(views: Sequence[Held], keys_values: KeysValues) -> None:
     """Write one segment's keys and values into the room that each block's view has."""
     for view, own in zip(views, keys_values, strict=True):
-        for slots, tensor in zip(zip(*view.slots(), strict=True), own, strict=True):
-            for slot, tokens in zip(slots, tensor.split([each.shape[1] for each in slots], dim=1), strict=True):
-                slot.copy_(tokens)
+        fill_slots(view.slots(), own)
 
 
 def write(cache: KVCache, keys_values: KeysValues) -> None:

@@ -159,6 +159,20 @@ def test_nothing_is_copied_while_a_ring_fills_and_when_it_is_full() -> None:
             assert start <= seen.data_ptr() < start + size
 
 
+def test_a_segment_that_wraps_around_the_ring_is_written_in_two_pieces() -> None:
+    """Frame 5 behind frame 4, and frame 6 where the ring begins, over frame 1, which is seen no longer."""
+    held = cache(4, 2, sink=1, window=4)
+    write(held, joined([0]))
+    for first in (1, 3):
+        write(held, joined([first, first + 1]))
+    assert sorted(shown(held, room=2)) == [0, 2, 3, 4]
+    (view, _) = held.view(room=2)
+    assert view.room == (5 * TOKENS, 6 * TOKENS, TOKENS, 2 * TOKENS)
+    write(held, joined([5, 6]))
+    placed = held._store[0, 1, 0].mean(dim=(1, 2)).round().view(-1, TOKENS)[:, 0]
+    assert placed.tolist() == [0, 6, 2, 3, 4, 5]
+
+
 def test_reset_forgets() -> None:
     held = cache(3, 3)
     write(held, joined([5, 6, 7]))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mirai_dist.models.wan.rope import THETA, axis_widths, rotate
+from mirai_dist.models.wan.token_ops import fill
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]  # one (keys, values) pair a block, each [B, tokens, heads, head_dim]
 
@@ -188,7 +189,7 @@ class KVCache:
         own = self._runs([self._slot(self._written + i) for i in range(frames)])
         if views[0].keys.untyped_storage().data_ptr() != self._store.untyped_storage().data_ptr():
             for view, block in zip(views, self._store, strict=True):
-                _copy(view.slots(), Held(block[0], block[1], room=own).slots())
+                fill(Held(block[0], block[1], room=own).slots(), view.slots()[0])  # a copy has one slot
         self._written += frames
 
     def _runs(self, slots: list[int]) -> tuple[int, ...]:
@@ -196,15 +197,6 @@ class KVCache:
         width = self.shape.tokens_per_frame
         runs = _joined((slot * width, (slot + 1) * width) for slot in slots)
         return tuple(edge for run in runs for edge in run)
-
-
-def _copy(source: list[tuple[Tensor, Tensor]], target: list[tuple[Tensor, Tensor]]) -> None:
-    """Write keys and values, which lie in one piece, into pieces that are as long together."""
-    lengths = [keys.shape[1] for keys, _ in target]
-    parts = zip(*(whole.split(lengths, dim=1) for whole in source[0]), strict=True)
-    for own, place in zip(parts, target, strict=True):
-        for tokens, memory in zip(own, place, strict=True):
-            memory.copy_(tokens)
 
 
 def turned(keys: Tensor, frames: int) -> Tensor:

@@ -106,6 +106,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
+def fill(slots: Slots, keys_values: Sequence[Tensor]) -> None:
+    """Write keys and values [B, tokens, heads, head_dim] into slots that have as many tokens together."""
+    lengths = [keys.shape[1] for keys, _ in slots]
+    for memory, tensor in zip(zip(*slots, strict=True), keys_values, strict=True):
+        for slot, tokens in zip(memory, tensor.split(lengths, dim=1), strict=True):
+            slot.copy_(tokens)
+
+
 def _by_head(layer: Projections, x: Tensor) -> Tensor:
     return x.unflatten(-1, (layer.heads, -1))
 
@@ -148,11 +156,8 @@ class Plain:
         return rotate(self.queries(layer, x), places), rotate(keys, places), values
 
     def queries_into(self, layer: Projections, x: Tensor, places: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
-        queries, keys, values = self.placed(layer, x, places)
-        lengths = [slot.shape[1] for slot, _ in slots]
-        for own, each in zip(zip(keys.split(lengths, 1), values.split(lengths, 1), strict=True), slots, strict=True):
-            for tokens, slot in zip(own, each, strict=True):
-                slot.copy_(tokens)
+        queries, *own = self.placed(layer, x, places)
+        fill(slots, own)
         return queries
 
 
