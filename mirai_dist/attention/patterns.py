@@ -44,8 +44,8 @@ class Segments(Protocol):
 class Seen(Protocol):
     """Keys and values of earlier segments where they lie (mirai_dist.models.wan.kv_cache.Held).
 
-    keys, values: [B, capacity, heads, head_dim]. past: runs of tokens that are seen, first, end, a pair a run. runs:
-    the same with the segment's own, where these lie there too, joined where they touch.
+    keys, values: [B, capacity, heads, head_dim]. past: runs of tokens that are seen, first, end, a pair a run.
+    together: all that is seen, the segment's own among it where that lies there too, else `own` behind it.
     """
 
     @property
@@ -54,8 +54,6 @@ class Seen(Protocol):
     def values(self) -> Tensor: ...
     @property
     def past(self) -> tuple[int, ...]: ...
-    @property
-    def runs(self) -> tuple[int, ...]: ...
     def together(self, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]: ...
 
 

@@ -105,12 +105,9 @@ class _Cache(NamedTuple):
     past: tuple[int, ...] = (0, 40, 70, 121)
     room: tuple[int, ...] = ()
 
-    @property
-    def runs(self) -> tuple[int, ...]:
-        return self.past + self.room
-
     def together(self, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        runs = list(zip(self.runs[::2], self.runs[1::2], strict=True))
+        ends = self.past + self.room
+        runs = zip(ends[::2], ends[1::2], strict=True)
         pieces = [(self.keys[:, a:b], self.values[:, a:b]) for a, b in runs] + ([own] if own else [])
         keys, values = zip(*pieces, strict=True)
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)

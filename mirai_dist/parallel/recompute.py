@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -47,7 +47,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     axis = _KEPT.get(getattr(getattr(operator, "_schema", None), "name", ""))
     if axis is None:
         return CheckpointPolicy.PREFER_RECOMPUTE
-    queries, keys = (each.shape[axis] for each in args[:2] if isinstance(each, Tensor))
+    queries, keys = args[0].shape[axis], args[1].shape[axis]
     return CheckpointPolicy.MUST_SAVE if keys >= queries else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -237,9 +237,10 @@ class _Ledger:
         targets = found[0].tokens * sum(found[0].answers) * recipe.teacher.dim
         if phase == "encoder":
             return {("features", "predictor"): targets * wide}
-        compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
         if fused_head(recipe):
             compared = _of_fused_head(recipe, found[0])
+        else:
+            compared = targets * (compute + (wide if wide > compute else 0) + COMPARED * wide)
         if phase == "replay":
             return {("features", "predictor"): compared}
         states = rows * recipe.generator.dim * compute
